@@ -1,0 +1,118 @@
+"""What an agent tells of itself: presence (retained, with a will) and telemetry (every second)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from broker_config.messages.base import (
+    AgentId,
+    BitsPerSecond,
+    Bytes,
+    Count,
+    Digest,
+    Fraction,
+    Id,
+    Message,
+    Name,
+    Nats,
+    PerSecond,
+    Reason,
+    RungName,
+    Seconds,
+    Tokens,
+)
+
+
+class Rung(Struct, frozen=True, kw_only=True):
+    """One step of a model's ladder, measured when the bundle was made.
+
+    bits_per_element counts every header and scale byte; kl is the mean KL divergence in nats along the uncompressed
+    answer; agreement is the share of answer positions with the same argmax.
+    """
+
+    name: RungName
+    bits_per_element: Annotated[float, Meta(gt=0, le=64)]
+    kl: Nats
+    agreement: Fraction
+
+
+class ModelInfo(Struct, frozen=True, kw_only=True):
+    """The model an agent runs. Equal fingerprints exchange caches; equal tokenizers exchange token ids."""
+
+    name: Annotated[str, Meta(max_length=128)]
+    fingerprint: Digest
+    tokenizer: Digest
+    prefix: Digest
+    weight_precision: Annotated[str, Meta(max_length=16)]
+    elements_per_token: Annotated[int, Meta(ge=1, le=2**24)]
+    bytes_per_token_id: Annotated[int, Meta(ge=1, le=4)]
+    window_tokens: Tokens
+    ladder: Annotated[tuple[Rung, ...], Meta(min_length=1, max_length=64)]
+
+
+class Presence(Message, frozen=True, kw_only=True, tag="presence"):
+    """Retained: online with what the agent runs, or offline (said by itself, or by its will)."""
+
+    agent: AgentId
+    instance: Id
+    state: Literal["online", "offline"]
+    model: ModelInfo | None = None
+    software: Annotated[str, Meta(max_length=32)] = ""
+
+
+class Memory(Struct, frozen=True, kw_only=True):
+    """Memory of a device. pressure is the largest of the three terms that design names."""
+
+    pressure: Fraction
+    cache_bytes: Bytes
+    cache_budget_bytes: Bytes
+    available_bytes: Bytes
+    total_bytes: Bytes
+    resident_bytes: Bytes
+    stalled_share: Fraction | None = None
+
+
+class LinkQuality(Struct, frozen=True, kw_only=True):
+    """An agent's access link to the broker, as measured by itself. None: not measured yet."""
+
+    round_trip_s: Seconds | None = None
+    uplink_bps: BitsPerSecond | None = None
+    downlink_bps: BitsPerSecond | None = None
+    signal_dbm: Annotated[float, Meta(ge=-200, le=50)] | None = None
+
+
+class Speed(Struct, frozen=True, kw_only=True):
+    """Moving averages of an agent's own speed. A prefill of n tokens takes prefill_fixed_s + n / prefill_tps."""
+
+    prefill_fixed_s: Seconds
+    prefill_tps: PerSecond
+    decode_tps: PerSecond
+    encode_elements_per_s: PerSecond
+    decode_elements_per_s: PerSecond
+
+
+class ContextInfo(Struct, frozen=True, kw_only=True):
+    """A context an agent holds: always its text, and, while cached, its KV cache."""
+
+    context_id: Digest
+    name: Name
+    tokens: Tokens
+    cached: bool
+    cache_bytes: Bytes
+
+
+class Telemetry(Message, frozen=True, kw_only=True, tag="telemetry"):
+    """Every second, retained, so that a coordinator that starts late knows the fleet at once."""
+
+    agent: AgentId
+    instance: Id
+    sequence: Count
+    uptime_s: Seconds
+    memory: Memory
+    link: LinkQuality
+    speed: Speed | None
+    contexts: Annotated[tuple[ContextInfo, ...], Meta(max_length=4_096)] = ()
+    queued: Count = 0
+    note: Reason = ""

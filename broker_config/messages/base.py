@@ -1,0 +1,44 @@
+"""The field types every message is built from, and the base class of all messages.
+
+A limit stands on every field, so that a message from a stranger can neither exhaust memory nor smuggle a NaN into the
+policy: a lower bound refuses NaN too, since NaN compares false with everything.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+PROTOCOL_VERSION = 1
+
+Id = Annotated[str, Meta(pattern="^[0-9a-f]{16}$", title="identifier", description="16 hexadecimal digits")]
+Digest = Annotated[str, Meta(pattern="^[0-9a-f]{32}$", title="digest", description="128 bits of SHA-256 in hexadecimal")]
+AgentId = Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9_-]{0,31}$", title="agent id")]
+Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", title="context name")]
+RungName = Annotated[str, Meta(min_length=1, max_length=32, pattern=r"^[a-z0-9][a-z0-9._-]*$", title="rung of the ladder")]
+Question = Annotated[str, Meta(min_length=1, max_length=4_096)]
+ContextText = Annotated[str, Meta(min_length=1, max_length=262_144)]
+Reason = Annotated[str, Meta(max_length=1_024)]
+Answer = Annotated[str, Meta(max_length=65_536)]
+
+Count = Annotated[int, Meta(ge=0, le=2**40)]
+Tokens = Annotated[int, Meta(ge=0, le=2**24)]
+Bytes = Annotated[int, Meta(ge=0, le=2**48)]
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+BitsPerSecond = Annotated[float, Meta(ge=0, le=1e15)]
+PerSecond = Annotated[float, Meta(ge=0, le=1e15)]
+Fraction = Annotated[float, Meta(ge=0, le=1)]
+Nats = Annotated[float, Meta(ge=0, le=1e6)]
+
+
+class Message(Struct, frozen=True, kw_only=True, tag_field="type"):
+    """Root of everything that travels. `version` is the protocol's; unknown later fields are ignored on arrival."""
+
+    version: Annotated[int, Meta(ge=1, le=PROTOCOL_VERSION)] = PROTOCOL_VERSION
+
+
+def new_id() -> str:
+    """A fresh random Id (64 bits)."""
+    return secrets.token_hex(8)

@@ -1,0 +1,72 @@
+"""The errors of an agent, one tree.
+
+AgentError
+├── BundleInvalid          a model bundle is missing, truncated, or of a version this agent does not know
+├── ModelUnsupported       the exported graph lacks an input or output the agent needs, or the cache does not fit it
+├── ContextTooLong         the tokens do not fit the model's window
+├── ContextEmpty           there is nothing to prefill
+├── ContextUnknown         no context of that id or name is held
+├── BudgetExceeded         a cache is larger than the whole cache budget
+├── RecipeInvalid          bits outside 1-8, an unknown rung
+├── CacheInvalid           a cache holds a NaN or an infinity, or its shapes disagree
+└── PayloadRejected        received bytes are not a payload this agent can use; names the field
+    └── WrongModel         the payload was made by another model
+"""
+
+from __future__ import annotations
+
+
+class AgentError(Exception):
+    """Root of all errors of this package. str() is one line, fit for a person."""
+
+
+class BundleInvalid(AgentError):
+    """A model bundle can't be used."""
+
+
+class ModelUnsupported(AgentError):
+    """The exported graph lacks something, or is asked for something it can't do."""
+
+
+class ContextTooLong(AgentError):
+    """Tokens do not fit the model's window."""
+
+    def __init__(self, tokens: int, window: int) -> None:
+        super().__init__(f"{tokens} tokens do not fit the model's window of {window}; shorten or split the context")
+        self.tokens, self.window = tokens, window
+
+
+class ContextEmpty(AgentError):
+    """There is nothing to prefill."""
+
+
+class ContextUnknown(AgentError):
+    """No such context is held."""
+
+
+class BudgetExceeded(AgentError):
+    """A single cache is larger than the whole budget."""
+
+
+class RecipeInvalid(AgentError, ValueError):
+    """A recipe or rung that does not exist, or bits outside 1-8."""
+
+
+class CacheInvalid(AgentError, ValueError):
+    """A cache holds a NaN or an infinity, or its shapes disagree."""
+
+
+class PayloadRejected(AgentError):
+    """Received bytes are not a payload that can be used here. `field` names what is wrong."""
+
+    def __init__(self, field: str, why: str) -> None:
+        super().__init__(f"payload refused, {field}: {why}")
+        self.field, self.why = field, why
+
+
+class WrongModel(PayloadRejected):
+    """The payload was made by another model."""
+
+    def __init__(self, theirs: str, ours: str) -> None:
+        super().__init__("fingerprint", f"made by model {theirs}, this agent runs {ours}")
+        self.theirs, self.ours = theirs, ours
