@@ -1,0 +1,1 @@
+"""The KV cache as data and its way to bytes."""

@@ -1,0 +1,1 @@
+"""The exported language model under onnxruntime."""

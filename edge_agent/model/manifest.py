@@ -117,7 +117,9 @@ def read_manifest(bundle: Path) -> Manifest:
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        raise BundleInvalid(f"no model bundle at {bundle}: {MANIFEST_NAME} is missing; run `make prepare-model`") from None
+        raise BundleInvalid(
+            f"no model bundle at {bundle}: {MANIFEST_NAME} is missing; run `make prepare-model`"
+        ) from None
     except OSError as error:
         raise BundleInvalid(f"model bundle at {bundle} can't be read: {error.strerror}") from None
     try:
@@ -131,7 +133,8 @@ def read_manifest(bundle: Path) -> Manifest:
             raise BundleInvalid(f"model bundle at {bundle} lacks {entry.path}; prepare it again") from None
         if size != entry.size_bytes:
             raise BundleInvalid(
-                f"model bundle at {bundle} is truncated: {entry.path} has {size} bytes of {entry.size_bytes}; prepare it again"
+                f"model bundle at {bundle} is truncated: {entry.path} has {size} bytes of {entry.size_bytes}; "
+                "prepare it again"
             )
     half = manifest.head_dim // 2
     if any(len(frequencies) != half for frequencies in manifest.rotary):

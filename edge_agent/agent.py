@@ -1,0 +1,204 @@
+"""The loop that ties an agent's rooms to the bus: orders in, outcomes out, presence and telemetry all the while."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from broker_config import topics
+from broker_config.bus import Bus, MqttBus, Will
+from broker_config.errors import BusError
+from broker_config.messages import (
+    AddContext,
+    AnswerOrder,
+    CancelOrder,
+    ContextReply,
+    ListContexts,
+    Order,
+    Presence,
+    RemoveContext,
+    SendOrder,
+    Telemetry,
+    TextReply,
+    new_id,
+)
+from broker_config.transfer import Inbox
+from edge_agent.answering import Answering
+from edge_agent.engine import Engine
+from edge_agent.errors import AgentError
+from edge_agent.library import Library
+from edge_agent.link_quality import LinkMeter
+from edge_agent.memory import ContextStore
+from edge_agent.model.session import Model
+from edge_agent.model.text import Text
+from edge_agent.outgoing import Outgoing
+from edge_agent.parts import Parts
+from edge_agent.pressure import measure
+from edge_agent.settings import AgentSettings
+from edge_agent.tasks import Tasks
+
+log = logging.getLogger(__name__)
+
+MEGA = 1_000_000
+
+
+class Agent:
+    """One agent. `run` returns only when cancelled."""
+
+    def __init__(self, settings: AgentSettings) -> None:
+        self._settings = settings
+        self._name = settings.agent
+        self._instance = new_id()
+        self._tasks = Tasks()
+        self._started = time.monotonic()
+        self._sequence = 0
+        self._note = ""
+
+    async def run(self) -> None:
+        """Load the model, join the bus, work until cancelled. Raises BundleInvalid, ModelUnsupported."""
+        bundle = self._settings.bundle_path
+        compute = self._settings.compute
+        model = await asyncio.to_thread(
+            Model, bundle, threads=compute.threads, prefill_chunk=compute.prefill_chunk_tokens
+        )
+        self._engine = Engine(model, Text(bundle, model.manifest))
+        self._store = ContextStore(int(self._settings.memory.cache_budget_mb * MEGA))
+        try:
+            speed = await self._engine.start()
+            log.info("ready: prefill %.0f tokens/s, decode %.0f tokens/s", speed.prefill_tps, speed.decode_tps)
+            async with self._buses() as (control, bulk):
+                await self._work(control, bulk)
+        finally:
+            self._engine.close()
+
+    @asynccontextmanager
+    async def _buses(self) -> AsyncIterator[tuple[MqttBus, MqttBus]]:
+        """Control (stable id, persistent session, will) and bulk (clean session)."""
+        broker, site = self._settings.broker, self._settings.site
+        will = Will(topic=topics.PRESENCE, message=self._presence("offline"), parameters={"agent": self._name})
+        async with (
+            MqttBus(
+                settings=broker, site=site, client_id=f"{site}-{self._name}", persistent=True, will=will
+            ) as control,
+            MqttBus(settings=broker, site=site, client_id=f"{site}-{self._name}-bulk-{self._instance}") as bulk,
+        ):
+            yield control, bulk
+
+    async def _work(self, control: MqttBus, bulk: MqttBus) -> None:
+        self._control = control
+        self._link = LinkMeter(bulk=bulk, agent=self._name)
+        self._library = Library(engine=self._engine, store=self._store, folder=self._settings.folder_path)
+        limit = int(self._settings.memory.payload_limit_mb * MEGA)
+        async with Inbox(bulk=bulk, control=control, agent=self._name, limit_bytes=limit) as inbox:
+            self._parts = Parts(
+                agent=self._name,
+                engine=self._engine,
+                store=self._store,
+                inbox=inbox,
+                control=control,
+                link=self._link,
+                limit_bytes=limit,
+            )
+            self._answering = Answering(agent=self._name, engine=self._engine, parts=self._parts, control=control)
+            self._outgoing = Outgoing(
+                agent=self._name, engine=self._engine, store=self._store, control=control, bulk=bulk, link=self._link
+            )
+            await control.subscribe(topics.ORDERS, self._order, agent=self._name)
+            await control.subscribe(topics.PRESENCE, self._someone, agent=self._name)
+            control.add_on_connect(self._say_online)
+            try:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(self._report(control), name="telemetry")
+                    group.create_task(self._link.run(self._settings.telemetry.probe_interval_s), name="link probes")
+                    group.create_task(self._library.prefill(), name="contexts")
+            finally:
+                await self._tasks.close()
+                await self._say_offline(control)
+
+    def _order(self, order: Order, _: Mapping[str, str]) -> None:
+        """Take an order; work that lasts runs as a task under the order's request."""
+        match order:
+            case SendOrder():
+                self._tasks.start(order.request, f"send {order.transfer}", self._outgoing.carry_out(order))
+            case AnswerOrder():
+                self._tasks.start(order.request, f"answer {order.request}", self._answering.carry_out(order))
+            case CancelOrder():
+                log.info("cancel %s: %d tasks; %s", order.request, self._tasks.cancel(order.request), order.reason)
+            case TextReply():
+                self._parts.text_came(order)
+            case AddContext() | RemoveContext() | ListContexts():
+                key = f"contexts {order.correlation}"
+                self._tasks.start(order.correlation, key, self._contexts(order))
+
+    async def _contexts(self, order: AddContext | RemoveContext | ListContexts) -> None:
+        error = ""
+        try:
+            if isinstance(order, AddContext):
+                await asyncio.to_thread(self._library.add, order.name, order.text)
+            elif isinstance(order, RemoveContext):
+                self._library.remove(order.name)
+        except AgentError as failed:
+            error = str(failed)
+        reply = ContextReply(
+            correlation=order.correlation, agent=self._name, contexts=self._store.infos(), error=error[:1024]
+        )
+        try:
+            await self._control.publish(topics.REPLIES, reply, client=order.client)
+        except BusError as failed:
+            log.warning("reply to %s: %s", order.client, failed)
+
+    def _someone(self, presence: Presence, _: Mapping[str, str]) -> None:
+        """Somebody's presence under our own id: another running agent, if it is online."""
+        if presence.state == "online" and presence.instance != self._instance:
+            self._note = (
+                f"another agent with id {self._name} was seen (instance {presence.instance}); ids must be unique"
+            )
+            log.error("%s", self._note)
+
+    async def _report(self, control: Bus) -> None:
+        while True:
+            await asyncio.to_thread(self._library.scan)
+            memory = measure(self._store.cache_bytes, self._store.budget_bytes)
+            telemetry = Telemetry(
+                agent=self._name,
+                instance=self._instance,
+                sequence=self._sequence,
+                uptime_s=time.monotonic() - self._started,
+                memory=memory,
+                link=self._link.quality,
+                speed=self._engine.meter.speed,
+                contexts=self._store.infos(),
+                queued=self._engine.turns.waiting,
+                note=self._note,
+            )
+            self._sequence += 1
+            try:
+                await control.publish(topics.TELEMETRY, telemetry, agent=self._name)
+            except BusError as error:
+                log.info("telemetry: %s", error)
+            await asyncio.sleep(self._settings.telemetry.interval_s)
+
+    def _presence(self, state: str) -> Presence:
+        if state == "offline":
+            return Presence(agent=self._name, instance=self._instance, state="offline")
+        return Presence(
+            agent=self._name,
+            instance=self._instance,
+            state="online",
+            model=self._engine.model.manifest.info(),
+            software=version("kvbus"),
+        )
+
+    async def _say_online(self) -> None:
+        await self._control.publish(topics.PRESENCE, self._presence("online"), agent=self._name)
+
+    async def _say_offline(self, control: Bus) -> None:
+        try:
+            async with asyncio.timeout(2):
+                await control.publish(topics.PRESENCE, self._presence("offline"), agent=self._name)
+        except (BusError, TimeoutError) as error:
+            log.info("could not say goodbye: %s", error)

@@ -1,0 +1,148 @@
+"""Answering: the parts of a question are fetched, joined in the order of the request, and the answer is generated."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Literal
+
+from broker_config import topics
+from broker_config.bus import Bus
+from broker_config.errors import BusError
+from broker_config.messages import AnswerOrder, AnswerOutcome, AnswerPiece
+from edge_agent.engine import Engine
+from edge_agent.errors import AgentError, ContextTooLong
+from edge_agent.parts import Parts, Progress
+from edge_agent.tasks import gather_or_cancel
+
+log = logging.getLogger(__name__)
+
+
+class Answering:
+    """Carries out AnswerOrders. Each ends in exactly one AnswerOutcome; pieces of the answer stream before it."""
+
+    def __init__(self, *, agent: str, engine: Engine, parts: Parts, control: Bus) -> None:
+        self._agent, self._engine, self._parts, self._control = agent, engine, parts, control
+
+    async def carry_out(self, order: AnswerOrder) -> None:
+        """Answer and report how it ended."""
+        answer = _Answer(order)
+        try:
+            async with asyncio.timeout(order.expires_s):
+                await self._answer(answer)
+            answer.state = "answered"
+        except (AgentError, BusError) as error:
+            answer.state, answer.reason = "failed", str(error)
+        except TimeoutError:
+            answer.state, answer.reason = "expired", f"not answered within {order.expires_s:g} s"
+        except asyncio.CancelledError:
+            answer.state, answer.reason = "cancelled", "cancelled by order"
+            await asyncio.shield(self._report(answer))
+            raise
+        await self._report(answer)
+
+    async def _answer(self, answer: _Answer) -> None:
+        order = answer.order
+        question_ids = self._engine.text.question_ids(order.question)
+        self._check_room(order, len(question_ids))
+        answer.progress = [Progress(part) for part in order.parts]
+        caches = await gather_or_cancel([self._parts.fetch(order, progress) for progress in answer.progress])
+        answer.context_tokens = sum(cache.entries for cache in caches)
+        live = await self._engine.join(caches)
+        del caches
+        waiting = time.perf_counter()
+        async with self._engine.turns.turn(order.asker), self._pieces(order) as pieces:
+            begin = time.perf_counter()
+            answer.queued_s = begin - waiting
+            logits, answer.question_s = await self._engine.first_token(live, question_ids)
+            async for token, text, so_far in self._engine.generate(live, logits, max_new_tokens=order.max_new_tokens):
+                pieces.put_nowait((text, token))
+                answer.first_token_s = answer.first_token_s or time.perf_counter() - answer.start
+                answer.answer, answer.tokens = so_far.answer, len(so_far.ids)
+
+    def _check_room(self, order: AnswerOrder, question_tokens: int) -> None:
+        manifest = self._engine.model.manifest
+        tokens = len(manifest.prompt.prefix_ids) + sum(part.tokens for part in order.parts)
+        tokens += question_tokens + order.max_new_tokens
+        if tokens > manifest.window_tokens:
+            raise ContextTooLong(tokens, manifest.window_tokens)
+
+    @asynccontextmanager
+    async def _pieces(self, order: AnswerOrder) -> AsyncIterator[asyncio.Queue[tuple[str, int] | None]]:
+        """A queue whose entries are published in order beside the decoding, as many at once as have piled up."""
+        queue: asyncio.Queue[tuple[str, int] | None] = asyncio.Queue()
+        publisher = asyncio.create_task(self._publish(order, queue), name=f"pieces of {order.request}")
+        try:
+            yield queue
+        finally:
+            queue.put_nowait(None)
+            await publisher
+
+    async def _publish(self, order: AnswerOrder, queue: asyncio.Queue[tuple[str, int] | None]) -> None:
+        index, ended = 0, False
+        while not ended:
+            batch = [await queue.get()]
+            with contextlib.suppress(asyncio.QueueEmpty):
+                while True:
+                    batch.append(queue.get_nowait())
+            ended = batch[-1] is None
+            said = [entry for entry in batch if entry is not None]
+            if not said:
+                continue
+            piece = AnswerPiece(
+                request=order.request,
+                agent=self._agent,
+                index=index,
+                text="".join(text for text, _ in said),
+                token_ids=tuple(token for _, token in said),
+            )
+            index += 1
+            try:
+                await self._control.publish(topics.ANSWERS, piece, agent=self._agent, request=order.request)
+            except BusError as error:
+                log.warning("a piece of the answer to %s was not published: %s", order.request, error)
+
+    async def _report(self, answer: _Answer) -> None:
+        outcome = answer.outcome(self._agent)
+        log.info("answer %s: %s %s", outcome.request, outcome.state, outcome.reason or repr(outcome.answer))
+        try:
+            await self._control.publish(topics.OUTCOMES, outcome, agent=self._agent)
+        except BusError as error:
+            log.error("outcome of %s could not be reported: %s", outcome.request, error)
+
+
+class _Answer:
+    """What is known of one question while it is answered."""
+
+    def __init__(self, order: AnswerOrder) -> None:
+        self.order = order
+        self.start = time.perf_counter()
+        self.progress: list[Progress] = []
+        self.state: Literal["answered", "failed", "cancelled", "expired"] = "failed"
+        self.reason = ""
+        self.answer = ""
+        self.tokens = 0
+        self.context_tokens = 0
+        self.queued_s = 0.0
+        self.question_s = 0.0
+        self.first_token_s = 0.0
+
+    def outcome(self, agent: str) -> AnswerOutcome:
+        return AnswerOutcome(
+            request=self.order.request,
+            agent=agent,
+            state=self.state,
+            answer=self.answer,
+            answer_tokens=self.tokens,
+            context_tokens=self.context_tokens,
+            parts=tuple(progress.outcome() for progress in self.progress),
+            queued_s=self.queued_s,
+            question_s=self.question_s,
+            first_token_s=self.first_token_s,
+            total_s=time.perf_counter() - self.start,
+            reason=self.reason[:1024],
+        )

@@ -1,0 +1,106 @@
+"""The command `edge-agent`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from broker_config.errors import BusError
+from broker_config.settings import describe, load_toml
+from edge_agent import logs
+from edge_agent.agent import Agent
+from edge_agent.errors import AgentError
+from edge_agent.model.manifest import read_manifest, verify_digests
+from edge_agent.settings import AgentSettings
+
+app = typer.Typer(
+    help="A small language model on a device that exchanges KV caches with other agents over MQTT.\n\n"
+    "A first agent: `make prepare-model` on the laptop makes a model bundle; `edge-agent config > agent.toml` writes a "
+    "configuration to fill in; `edge-agent run agent.toml` starts the agent, which tries until its broker is there.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Level(StrEnum):
+    """How much is logged."""
+
+    debug = "debug"
+    info = "info"
+    warning = "warning"
+    error = "error"
+
+
+@app.command()
+def run(
+    configuration: Annotated[Path, typer.Argument(help="TOML file; `edge-agent config` prints one to start from.")],
+    log: Annotated[Level, typer.Option(help="How much to log, to standard error.")] = Level.info,
+    plain: Annotated[
+        bool | None, typer.Option("--plain/--json", help="Log lines for people or for machines (default: by terminal).")
+    ] = None,
+) -> None:
+    """Run an agent until it is stopped (Ctrl-C or SIGTERM)."""
+    logs.set_up(log.value, plain=plain)
+    try:
+        asyncio.run(_until_stopped(Agent(load_toml(configuration, AgentSettings))))
+    except (AgentError, BusError) as error:
+        typer.echo(f"edge-agent: {error}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def config() -> None:
+    """Print a commented configuration with every field, its unit and its default."""
+    typer.echo(describe(AgentSettings), nl=False)
+
+
+@app.command()
+def check(configuration: Annotated[Path, typer.Argument(help="TOML file of the agent.")]) -> None:
+    """Check a configuration and its model bundle, every byte of it, without starting anything."""
+    try:
+        settings = load_toml(configuration, AgentSettings)
+        bundle = settings.bundle_path
+        manifest = read_manifest(bundle)
+        verify_digests(bundle, manifest)
+        settings.broker.password()
+    except (AgentError, BusError) as error:
+        typer.echo(f"edge-agent: {error}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(f"{configuration}: agent {settings.agent} of site {settings.site}, broker {settings.broker.address}")
+    typer.echo(f"{bundle}: {manifest.name}, {manifest.weight_precision}, fingerprint {manifest.fingerprint}; whole")
+    typer.echo("ladder: " + ", ".join(rung.name for rung in manifest.ladder))
+
+
+@app.command()
+def bundle(path: Annotated[Path, typer.Argument(help="Directory of a model bundle.")]) -> None:
+    """Print what a model bundle holds, as JSON."""
+    try:
+        manifest = read_manifest(path)
+    except AgentError as error:
+        typer.echo(f"edge-agent: {error}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(msgspec.json.format(msgspec.json.encode(manifest)).decode())
+
+
+async def _until_stopped(agent: Agent) -> None:
+    """Run the agent; SIGTERM and SIGINT end it in good order."""
+    loop = asyncio.get_running_loop()
+    running = asyncio.ensure_future(agent.run())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, running.cancel)
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+
+
+if __name__ == "__main__":
+    app()

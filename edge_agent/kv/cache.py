@@ -1,0 +1,94 @@
+"""The KV cache as a value: what a context's prefill computed, without position and without model runtime.
+
+Keys carry no rotary phase, so an entry can stand anywhere; `positions` says where it stood relative to the first token
+of its context. A layer that was not sent, or was emptied, has no entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_agent.errors import CacheInvalid
+
+Float32 = npt.NDArray[np.float32]
+Int32 = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One layer's entries. keys, values: float32 (kv_heads, entries, head_dim); positions: int32 (entries,), rising."""
+
+    keys: Float32
+    values: Float32
+    positions: Int32
+
+    @property
+    def entries(self) -> int:
+        return int(self.positions.shape[0])
+
+    def between(self, start: int, stop: int) -> Layer:
+        """The entries whose positions are in [start, stop), positions unchanged. Views, no copy."""
+        first, last = np.searchsorted(self.positions, (start, stop))
+        return Layer(self.keys[:, first:last], self.values[:, first:last], self.positions[first:last])
+
+
+@dataclass(frozen=True, eq=False)
+class Cache:
+    """The layers of one context, or of a part of it. `nbytes` is what its arrays occupy."""
+
+    layers: tuple[Layer, ...]
+
+    @property
+    def entries(self) -> int:
+        """Entries of the fullest layer."""
+        return max((layer.entries for layer in self.layers), default=0)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.keys.nbytes + layer.values.nbytes + layer.positions.nbytes for layer in self.layers)
+
+    @property
+    def elements(self) -> int:
+        """Numbers in all keys and values."""
+        return sum(layer.keys.size + layer.values.size for layer in self.layers)
+
+    def between(self, start: int, stop: int) -> Cache:
+        """The part at positions [start, stop) of the context, positions unchanged."""
+        return Cache(tuple(layer.between(start, stop) for layer in self.layers))
+
+    def check(self) -> None:
+        """Raise CacheInvalid, naming the layer, for disagreeing shapes, unordered positions, a NaN or an infinity."""
+        for index, layer in enumerate(self.layers):
+            if layer.keys.shape != layer.values.shape or layer.keys.ndim != 3:
+                raise CacheInvalid(f"layer {index}: keys {layer.keys.shape} and values {layer.values.shape} disagree")
+            if layer.keys.shape[1] != layer.entries:
+                raise CacheInvalid(f"layer {index}: {layer.keys.shape[1]} entries but {layer.entries} positions")
+            if np.any(np.diff(layer.positions) <= 0):
+                raise CacheInvalid(f"layer {index}: positions do not rise")
+            for kind, array in (("keys", layer.keys), ("values", layer.values)):
+                if not np.isfinite(array).all():
+                    raise CacheInvalid(f"layer {index}: {kind} hold a NaN or an infinity")
+
+
+def concatenate(parts: Sequence[Cache]) -> Cache:
+    """Parts of one context, in order, as one cache; between(0, p) and between(p, n) give back the whole exactly.
+
+    Raises CacheInvalid if the numbers of layers differ or the parts overlap.
+    """
+    if not parts:
+        raise CacheInvalid("nothing to concatenate")
+    if len({len(part.layers) for part in parts}) != 1:
+        raise CacheInvalid("parts have different numbers of layers")
+    joined = []
+    for index, layers in enumerate(zip(*(part.layers for part in parts), strict=True)):
+        positions = np.concatenate([layer.positions for layer in layers])
+        if np.any(np.diff(positions) <= 0):
+            raise CacheInvalid(f"layer {index}: parts overlap or are out of order")
+        keys = np.concatenate([layer.keys for layer in layers], axis=1)
+        values = np.concatenate([layer.values for layer in layers], axis=1)
+        joined.append(Layer(keys, values, positions))
+    return Cache(tuple(joined))

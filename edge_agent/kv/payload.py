@@ -1,0 +1,201 @@
+"""The payload: a context on the wire, as header, slices and trailer.
+
+    magic "KVB1" | u32 length, header (MessagePack) | 16-byte digest
+    then per slice:  "S" | u32 length, body | 16-byte digest
+    then once:       "T" | u32 number of slices | 32-byte digest of everything before
+
+All integers are little-endian; digests are BLAKE2b. So a payload can be sent while it is still being made, and checked
+while it arrives. The header carries the token ids that the receiver prefills itself (own_ids, always the first ones of
+the context); slices carry the entries of the others. A payload with all ids and no slices is the token medium.
+
+A slice's body: u32 first position, u32 tokens, then by codec
+    float32, fp16   keys then values of every sent layer, (kv_heads, tokens, head_dim) each
+    affine          float32 (sent layers, 2, 2): minimum and maximum of keys, of values; then all codes bit-packed
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator
+from typing import Annotated
+
+import msgpack
+import msgspec
+import numpy as np
+from msgspec import Meta, Struct
+
+from broker_config.messages.base import Digest, RungName, Tokens
+from edge_agent.errors import CacheInvalid, PayloadRejected
+from edge_agent.kv.bitpack import pack, packed_bytes, unpack
+from edge_agent.kv.cache import Cache, Float32, Layer
+from edge_agent.kv.quantize import Quantized, dequantize, quantize
+from edge_agent.kv.recipe import Codec, Recipe
+
+MAGIC = b"KVB1"
+FORMAT_VERSION = 1
+SLICE_MARK, TRAILER_MARK = b"S", b"T"
+DIGEST_BYTES, FINAL_DIGEST_BYTES = 16, 32
+MAX_HEADER_BYTES = 1 << 20
+
+LARGEST_FP16 = float(np.finfo(np.float16).max)
+
+
+class Shape(Struct, frozen=True, kw_only=True):
+    """Of the cache that the slices carry. sent_layers: the layers that have entries, rising."""
+
+    layers: Annotated[int, Meta(ge=1, le=512)]
+    kv_heads: Annotated[int, Meta(ge=1, le=4_096)]
+    head_dim: Annotated[int, Meta(ge=1, le=4_096)]
+    sent_layers: Annotated[tuple[int, ...], Meta(max_length=512)]
+
+
+class Header(Struct, frozen=True, kw_only=True):
+    """The payload's header. tokens is of the whole context; own_ids are its first tokens, id_bytes each."""
+
+    format_version: Annotated[int, Meta(ge=FORMAT_VERSION, le=FORMAT_VERSION)] = FORMAT_VERSION
+    fingerprint: Digest
+    tokenizer: Digest
+    weight_precision: str
+    context_id: Digest
+    prefix: Digest
+    shape: Shape
+    codec: Codec
+    bits: Annotated[int, Meta(ge=1, le=32)]
+    rung: RungName
+    transform: str | None = None
+    slice_tokens: Annotated[int, Meta(ge=1, le=65_536)]
+    tokens: Tokens
+    id_bytes: Annotated[int, Meta(ge=1, le=4)]
+    own_ids: Annotated[bytes, Meta(max_length=MAX_HEADER_BYTES)]
+
+    @property
+    def own_tokens(self) -> int:
+        return len(self.own_ids) // self.id_bytes
+
+    def ids(self) -> list[int]:
+        """The own token ids, unpacked."""
+        return [int(token) for token in np.frombuffer(self.own_ids, dtype=f"<u{self.id_bytes}")]
+
+    def slice_starts(self) -> list[tuple[int, int]]:
+        """(first position, tokens) of every slice, in order."""
+        return [
+            (start, min(self.slice_tokens, self.tokens - start))
+            for start in range(self.own_tokens, self.tokens, self.slice_tokens)
+        ]
+
+    def body_bytes(self, tokens: int) -> int:
+        """Size of the body of a slice of so many tokens."""
+        elements = 2 * len(self.shape.sent_layers) * self.shape.kv_heads * self.shape.head_dim * tokens
+        if self.codec == "affine":
+            return 8 + 16 * len(self.shape.sent_layers) + packed_bytes(elements, self.bits)
+        return 8 + elements * (4 if self.codec == "float32" else 2)
+
+    def decoded_bytes(self) -> int:
+        """Memory that the decoded slices will occupy as float32."""
+        per_token = 2 * len(self.shape.sent_layers) * self.shape.kv_heads * self.shape.head_dim * 4
+        return per_token * (self.tokens - self.own_tokens)
+
+    def payload_bytes(self) -> int:
+        """Exact size of the whole payload, known before a slice is coded."""
+        slices = sum(5 + self.body_bytes(tokens) + DIGEST_BYTES for _, tokens in self.slice_starts())
+        return len(MAGIC) + 4 + len(_pack_header(self)) + DIGEST_BYTES + slices + 5 + FINAL_DIGEST_BYTES
+
+
+def pack_ids(ids: list[int], id_bytes: int) -> bytes:
+    """Token ids as little-endian integers of id_bytes (1, 2 or 4) bytes each."""
+    return np.asarray(ids, dtype=f"<u{id_bytes}").tobytes()
+
+
+def encode(header: Header, cache: Cache | None, recipe: Recipe) -> Iterator[bytes]:
+    """The payload piece by piece: header, each slice as soon as it is coded, trailer.
+
+    cache must cover positions [own_tokens, tokens) in every sent layer (None when there is nothing to send).
+    Raises CacheInvalid for a cache that doesn't, or that holds a NaN, an infinity, or what fp16 can't hold.
+    """
+    if (header.codec, header.bits) != (recipe.codec, recipe.bits):
+        raise CacheInvalid(f"header says {header.codec} {header.bits}, the recipe {recipe.name}")
+    digest = hashlib.blake2b(digest_size=FINAL_DIGEST_BYTES)
+    packed = _pack_header(header)
+    first = MAGIC + struct.pack("<I", len(packed)) + packed + _digest(packed)
+    digest.update(first)
+    yield first
+    starts = header.slice_starts()
+    for start, tokens in starts:
+        if cache is None:
+            raise CacheInvalid("the header announces slices, but no cache is given")
+        body = struct.pack("<II", start, tokens) + _encode_slice(header, cache.between(start, start + tokens), tokens)
+        piece = SLICE_MARK + struct.pack("<I", len(body)) + body + _digest(body)
+        digest.update(piece)
+        yield piece
+    closing = TRAILER_MARK + struct.pack("<I", len(starts))
+    digest.update(closing)
+    yield closing + digest.digest()
+
+
+def decode_slice(header: Header, body: bytes | memoryview) -> Cache:
+    """One slice's body as a cache, in which layers that were not sent are empty.
+
+    Raises PayloadRejected if a field is out of range or a size does not add up.
+    """
+    start, tokens = struct.unpack_from("<II", body)
+    data = memoryview(body)[8:]
+    shape = header.shape
+    dims = (shape.kv_heads, tokens, shape.head_dim)
+    positions = np.arange(start, start + tokens, dtype=np.int32)
+    tensors = _decode_affine(header, data, dims) if header.codec == "affine" else _decode_float(header, data, dims)
+    nothing = np.zeros((shape.kv_heads, 0, shape.head_dim), dtype=np.float32)
+    layers = [Layer(nothing, nothing, positions[:0])] * shape.layers
+    for place, index in enumerate(shape.sent_layers):
+        layers[index] = Layer(tensors[2 * place], tensors[2 * place + 1], positions)
+    return Cache(tuple(layers))
+
+
+def _encode_slice(header: Header, part: Cache, tokens: int) -> bytes:
+    tensors: list[Float32] = []
+    for index in header.shape.sent_layers:
+        layer = part.layers[index]
+        if layer.entries != tokens:
+            raise CacheInvalid(f"layer {index} has {layer.entries} of the {tokens} entries to be sent")
+        tensors += [layer.keys, layer.values]
+    if header.codec == "affine":
+        quantized = [quantize(tensor, header.bits) for tensor in tensors]
+        ranges = np.array([(q.minimum, q.maximum) for q in quantized], dtype="<f4")
+        codes = np.concatenate([q.codes.reshape(-1) for q in quantized])
+        return ranges.tobytes() + pack(codes, header.bits)
+    if not all(np.isfinite(tensor).all() for tensor in tensors):
+        raise CacheInvalid("a cache to be sent holds a NaN or an infinity")
+    if header.codec == "fp16":
+        if any(float(np.abs(tensor).max(initial=0.0)) > LARGEST_FP16 for tensor in tensors):
+            raise CacheInvalid("a cache to be sent holds a value that fp16 can't; use float32 or fewer bits")
+        return b"".join(tensor.astype("<f2").tobytes() for tensor in tensors)
+    return b"".join(tensor.astype("<f4", copy=False).tobytes() for tensor in tensors)
+
+
+def _decode_float(header: Header, data: memoryview, dims: tuple[int, int, int]) -> list[Float32]:
+    dtype = "<f4" if header.codec == "float32" else "<f2"
+    flat = np.frombuffer(data, dtype=dtype).astype(np.float32)
+    if not np.isfinite(flat).all():
+        raise PayloadRejected("slice", "holds a NaN or an infinity")
+    return list(flat.reshape(2 * len(header.shape.sent_layers), *dims))
+
+
+def _decode_affine(header: Header, data: memoryview, dims: tuple[int, int, int]) -> list[Float32]:
+    count = 2 * len(header.shape.sent_layers)
+    ranges = np.frombuffer(data[: 8 * count], dtype="<f4").reshape(count, 2)
+    if not np.isfinite(ranges).all() or np.any(ranges[:, 0] > ranges[:, 1]):
+        raise PayloadRejected("slice", "holds a range that is not one")
+    codes = unpack(data[8 * count :], header.bits, count * dims[0] * dims[1] * dims[2]).reshape(count, *dims)
+    return [
+        dequantize(Quantized(code, header.bits, float(low), float(high)))
+        for code, (low, high) in zip(codes, ranges, strict=True)
+    ]
+
+
+def _pack_header(header: Header) -> bytes:
+    packed: bytes = msgpack.packb(msgspec.to_builtins(header, builtin_types=(bytes,)), use_bin_type=True)
+    return packed
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()

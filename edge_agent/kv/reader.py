@@ -1,0 +1,212 @@
+"""Reading a payload while it arrives: every field checked before anything is allocated for it, nothing unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import itertools
+import struct
+from dataclasses import dataclass
+
+import msgpack
+import msgspec
+
+from edge_agent.errors import PayloadRejected, WrongModel
+from edge_agent.kv.bitpack import check_bits
+from edge_agent.kv.cache import Cache, concatenate
+from edge_agent.kv.payload import (
+    DIGEST_BYTES,
+    FINAL_DIGEST_BYTES,
+    FORMAT_VERSION,
+    MAGIC,
+    MAX_HEADER_BYTES,
+    SLICE_MARK,
+    TRAILER_MARK,
+    Header,
+    Shape,
+    decode_slice,
+)
+
+VOCABULARY_LIMIT = 2**24
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a receiver can use. limit_bytes bounds the decoded size; vocabulary bounds token ids."""
+
+    fingerprint: str
+    tokenizer: str
+    prefix: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    window_tokens: int
+    limit_bytes: int
+
+
+class PayloadReader:
+    """Feed it bytes as they come; `header` is set once it is there, `caches` fills slice by slice, `complete` ends it.
+
+    Raises PayloadRejected (WrongModel for another model's payload) at the first byte range that can't be used.
+    """
+
+    def __init__(self, expectation: Expectation) -> None:
+        self._expectation = expectation
+        self._buffer = bytearray()
+        self._digest = hashlib.blake2b(digest_size=FINAL_DIGEST_BYTES)
+        self.header: Header | None = None
+        self.caches: list[Cache] = []
+        self.complete = False
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes. Raises PayloadRejected."""
+        if data and self.complete:
+            raise PayloadRejected("trailer", f"{len(data)} bytes follow it")
+        self._buffer += data
+        while not self.complete and self._step():
+            pass
+        if self.complete and self._buffer:
+            raise PayloadRejected("trailer", f"{len(self._buffer)} bytes follow it")
+
+    def finish(self) -> Cache | None:
+        """The whole cache that was sent (None if only token ids were). Raises PayloadRejected if cut short."""
+        if not self.complete:
+            what = "header" if self.header is None else "trailer"
+            raise PayloadRejected(what, f"missing: the payload ends early, {len(self._buffer)} bytes into it")
+        return concatenate(self.caches) if self.caches else None
+
+    def _step(self) -> bool:
+        """Take one record off the buffer, if it is there whole."""
+        if self.header is None:
+            return self._read_header()
+        mark = bytes(self._buffer[:1])
+        if mark == SLICE_MARK:
+            return self._read_slice(self.header)
+        if mark == TRAILER_MARK:
+            return self._read_trailer(self.header)
+        if mark:
+            raise PayloadRejected("record", f"unknown mark {mark!r}")
+        return False
+
+    def _read_header(self) -> bool:
+        if not MAGIC.startswith(bytes(self._buffer[: len(MAGIC)])):
+            raise PayloadRejected("magic", "these bytes are not a kvbus payload")
+        if len(self._buffer) < len(MAGIC) + 4:
+            return False
+        (length,) = struct.unpack_from("<I", self._buffer, len(MAGIC))
+        if length > MAX_HEADER_BYTES:
+            raise PayloadRejected("header", f"{length} bytes, above the limit of {MAX_HEADER_BYTES}")
+        record = self._take(len(MAGIC) + 4, length)
+        if record is None:
+            return False
+        self.header = self._check(_parse_header(record))
+        return True
+
+    def _read_slice(self, header: Header) -> bool:
+        if len(self._buffer) < 5:
+            return False
+        starts = header.slice_starts()
+        if len(self.caches) >= len(starts):
+            raise PayloadRejected("slice", f"more than the {len(starts)} announced")
+        start, tokens = starts[len(self.caches)]
+        (length,) = struct.unpack_from("<I", self._buffer, 1)
+        if length != header.body_bytes(tokens):
+            raise PayloadRejected("slice", f"{length} bytes where its shape needs {header.body_bytes(tokens)}")
+        body = self._take(5, length)
+        if body is None:
+            return False
+        if struct.unpack_from("<II", body) != (start, tokens):
+            raise PayloadRejected("slice", "stands at another position than announced")
+        self.caches.append(decode_slice(header, body))
+        return True
+
+    def _read_trailer(self, header: Header) -> bool:
+        size = 5 + FINAL_DIGEST_BYTES
+        if len(self._buffer) < size:
+            return False
+        (slices,) = struct.unpack_from("<I", self._buffer, 1)
+        if slices != len(self.caches) or slices != len(header.slice_starts()):
+            raise PayloadRejected("trailer", f"{slices} slices announced, {len(self.caches)} came")
+        self._digest.update(self._buffer[:5])
+        if not hmac.compare_digest(self._digest.digest(), bytes(self._buffer[5:size])):
+            raise PayloadRejected("trailer", "its digest does not match what came")
+        del self._buffer[:size]
+        self.complete = True
+        return True
+
+    def _take(self, head: int, length: int) -> bytes | None:
+        """A record's content, once it is there whole with its digest, taken off the buffer and checked."""
+        size = head + length + DIGEST_BYTES
+        if len(self._buffer) < size:
+            return None
+        content = bytes(self._buffer[head : head + length])
+        if hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest() != bytes(self._buffer[head + length : size]):
+            raise PayloadRejected("digest", "a record is corrupt")
+        self._digest.update(self._buffer[:size])
+        del self._buffer[:size]
+        return content
+
+    def _check(self, header: Header) -> Header:
+        expected = self._expectation
+        if header.fingerprint != expected.fingerprint and header.own_tokens < header.tokens:
+            raise WrongModel(header.fingerprint, expected.fingerprint)
+        for field in ("tokenizer", "prefix"):
+            if getattr(header, field) != getattr(expected, field):
+                raise PayloadRejected(field, f"{getattr(header, field)}, this agent has {getattr(expected, field)}")
+        shape, ours = header.shape, (expected.layers, expected.kv_heads, expected.head_dim)
+        if (shape.layers, shape.kv_heads, shape.head_dim) != ours:
+            raise PayloadRejected("shape", f"{(shape.layers, shape.kv_heads, shape.head_dim)}, this model has {ours}")
+        if header.transform is not None:
+            raise PayloadRejected("transform", f"{header.transform} is not known here")
+        if header.tokens > expected.window_tokens:
+            raise PayloadRejected("tokens", f"{header.tokens}, above the window of {expected.window_tokens}")
+        if header.decoded_bytes() > expected.limit_bytes:
+            raise PayloadRejected("size", f"{header.decoded_bytes()} bytes decoded, limit {expected.limit_bytes}")
+        if any(token >= expected.vocabulary for token in header.ids()):
+            raise PayloadRejected("own_ids", f"an id is outside the vocabulary of {expected.vocabulary}")
+        return header
+
+
+def decode(data: bytes, expectation: Expectation) -> tuple[Header, Cache | None]:
+    """A whole payload at once. Raises PayloadRejected."""
+    reader = PayloadReader(expectation)
+    reader.feed(data)
+    cache = reader.finish()
+    if reader.header is None:  # finish() has refused that
+        raise PayloadRejected("header", "missing")
+    return reader.header, cache
+
+
+def _parse_header(packed: bytes) -> Header:
+    try:
+        raw = msgpack.unpackb(packed, raw=False, strict_map_key=True)  # its limits default to the buffer's length
+        version = raw.get("format_version") if isinstance(raw, dict) else None
+        if isinstance(version, int) and version != FORMAT_VERSION:
+            raise PayloadRejected("format_version", f"{version} is not known here (known: {FORMAT_VERSION})")
+        header = msgspec.convert(raw, type=Header)
+    except (ValueError, msgpack.UnpackException) as error:  # msgspec's and msgpack's errors are ValueErrors
+        raise PayloadRejected("header", str(error)) from None
+    _check_codec(header)
+    _check_layers(header.shape)
+    if header.id_bytes not in (1, 2, 4) or len(header.own_ids) % header.id_bytes:
+        raise PayloadRejected("own_ids", f"{len(header.own_ids)} bytes are no ids of {header.id_bytes} bytes")
+    if header.own_tokens > header.tokens:
+        raise PayloadRejected("own_ids", f"{header.own_tokens} ids for a context of {header.tokens} tokens")
+    return header
+
+
+def _check_codec(header: Header) -> None:
+    widths = {"float32": 32, "fp16": 16}
+    try:
+        expected = widths[header.codec] if header.codec in widths else check_bits(header.bits)
+    except ValueError as error:
+        raise PayloadRejected("bits", str(error)) from None
+    if header.bits != expected:
+        raise PayloadRejected("bits", f"{header.bits} for codec {header.codec}")
+
+
+def _check_layers(shape: Shape) -> None:
+    sent = shape.sent_layers
+    if any(b <= a for a, b in itertools.pairwise(sent)) or any(not 0 <= i < shape.layers for i in sent):
+        raise PayloadRejected("sent_layers", f"{sent} are not rising layers of {shape.layers}")

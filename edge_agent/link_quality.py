@@ -1,0 +1,142 @@
+"""How good an agent's access link is: round trip, uplink and downlink rate, signal strength.
+
+While nothing is being transferred, every few seconds two probes of the same size go out over the bulk connection: one
+to a topic that nobody reads, acknowledged by the broker after rtt + size/uplink; one to the agent itself, which is back
+after rtt + size/uplink + size/downlink. A small one before them gives rtt. Sizes follow the link, so that a probe
+occupies it for about PROBE_TARGET_S.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from broker_config import topics
+from broker_config.bus import Bus
+from broker_config.errors import BusError
+from broker_config.messages import MAX_CHUNK_BYTES, LinkQuality, Probe
+
+log = logging.getLogger(__name__)
+
+PROBE_TARGET_S = 0.05
+SMALLEST_PROBE_BYTES = 8 * 1024
+LARGEST_PROBE_BYTES = MAX_CHUNK_BYTES - 1024
+PROBE_TIMEOUT_S = 8.0
+QUIET_S = 0.3
+"""After a transfer the link is left alone for so long before it is probed."""
+
+RATE_WEIGHT, ROUND_TRIP_WEIGHT = 0.5, 0.3
+SMALLEST_TRANSFER_BYTES = 128 * 1024
+"""A shorter transfer says more of round trips than of rates."""
+
+WIRELESS = Path("/proc/net/wireless")
+
+
+class LinkMeter:
+    """Measures one agent's access link. `quality` is what telemetry reports."""
+
+    def __init__(self, *, bulk: Bus, agent: str, wireless: Path = WIRELESS) -> None:
+        self._bulk, self._agent, self._wireless = bulk, agent, wireless
+        self._round_trip_s: float | None = None
+        self._uplink_bps: float | None = None
+        self._downlink_bps: float | None = None
+        self._probe_bytes = SMALLEST_PROBE_BYTES
+        self._sequence = 0
+        self._awaited: asyncio.Future[float] | None = None
+        self._transfers = 0
+        self._quiet_since = 0.0
+
+    @property
+    def quality(self) -> LinkQuality:
+        return LinkQuality(
+            round_trip_s=self._round_trip_s,
+            uplink_bps=self._uplink_bps,
+            downlink_bps=self._downlink_bps,
+            signal_dbm=signal_dbm(self._wireless),
+        )
+
+    @contextmanager
+    def transferring(self) -> Iterator[None]:
+        """No probe is sent inside the block."""
+        self._transfers += 1
+        try:
+            yield
+        finally:
+            self._transfers -= 1
+            self._quiet_since = time.monotonic()
+
+    def sent(self, wire_bytes: int, seconds: float) -> None:
+        """A transfer went out: the uplink is at least as fast as that."""
+        self._uplink_bps = _at_least(self._uplink_bps, wire_bytes, seconds)
+
+    def received(self, wire_bytes: int, seconds: float) -> None:
+        """A transfer came in: the downlink is at least as fast as that."""
+        self._downlink_bps = _at_least(self._downlink_bps, wire_bytes, seconds)
+
+    async def run(self, interval_s: float) -> None:
+        """Probe for ever, at most every interval_s seconds, whenever the link is quiet."""
+        await self._bulk.subscribe(topics.PROBES, self._back, agent=self._agent)
+        while True:
+            if not self._transfers and time.monotonic() - self._quiet_since >= QUIET_S:
+                try:
+                    await self.probe()
+                except (BusError, TimeoutError) as error:
+                    log.info("link probe: %s", error)
+            await asyncio.sleep(interval_s)
+
+    async def probe(self) -> None:
+        """Measure once. Raises BusError, TimeoutError."""
+        round_trip_s = await self._bounce(0)
+        size = self._probe_bytes
+        self._sequence += 1
+        start = time.perf_counter()
+        probe = Probe(sequence=self._sequence, padding=bytes(size))
+        await self._bulk.publish(topics.PROBE_SINK, probe, agent=self._agent)
+        up_s = time.perf_counter() - start
+        both_s = await self._bounce(size)
+        if self._transfers:  # one began meanwhile: these seconds say nothing
+            return
+        self._round_trip_s = _mean(self._round_trip_s, round_trip_s, ROUND_TRIP_WEIGHT)
+        self._uplink_bps = _mean(self._uplink_bps, 8 * size / max(up_s - round_trip_s, up_s / 10), RATE_WEIGHT)
+        self._downlink_bps = _mean(self._downlink_bps, 8 * size / max(both_s - up_s, both_s / 20), RATE_WEIGHT)
+        slowest = min(self._uplink_bps, self._downlink_bps)
+        self._probe_bytes = int(min(max(slowest * PROBE_TARGET_S / 8, SMALLEST_PROBE_BYTES), LARGEST_PROBE_BYTES))
+
+    async def _bounce(self, size: int) -> float:
+        """Seconds until a probe of so many bytes is back."""
+        self._sequence += 1
+        self._awaited = asyncio.get_running_loop().create_future()
+        start = time.perf_counter()
+        async with asyncio.timeout(PROBE_TIMEOUT_S):
+            await self._bulk.publish(
+                topics.PROBES, Probe(sequence=self._sequence, padding=bytes(size)), agent=self._agent
+            )
+            return await self._awaited - start
+
+    def _back(self, probe: Probe, _: Mapping[str, str]) -> None:
+        if self._awaited is not None and not self._awaited.done() and probe.sequence == self._sequence:
+            self._awaited.set_result(time.perf_counter())
+
+
+def signal_dbm(wireless: Path = WIRELESS) -> float | None:
+    """Signal level of the first wireless interface in dBm, None where there is none (Linux wireless extensions)."""
+    try:
+        lines = wireless.read_text().splitlines()[2:]
+        level = float(lines[0].split()[3].rstrip(".")) if lines else None
+    except (OSError, ValueError, IndexError):
+        return None
+    return level if level is not None and -200 <= level <= 50 else None
+
+
+def _mean(old: float | None, new: float, weight: float) -> float:
+    return new if old is None else old + weight * (new - old)
+
+
+def _at_least(old: float | None, wire_bytes: int, seconds: float) -> float | None:
+    if wire_bytes < SMALLEST_TRANSFER_BYTES or seconds <= 0:
+        return old
+    return max(old or 0.0, 8 * wire_bytes / seconds)

@@ -1,0 +1,48 @@
+"""What of a model stands on a payload, and what a payload must say to be used with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from edge_agent.kv.payload import Header, Shape, pack_ids
+from edge_agent.kv.reader import Expectation
+from edge_agent.kv.recipe import Recipe
+from edge_agent.model.manifest import Manifest
+
+
+def payload_header(manifest: Manifest, context_id: str, ids: Sequence[int], *, own_tokens: int, rung: Recipe) -> Header:
+    """The header of a payload that sends the first own_tokens of ids as ids and the rest as entries at `rung`."""
+    id_bytes = manifest.info().bytes_per_token_id
+    layers = len(manifest.layers)
+    return Header(
+        fingerprint=manifest.fingerprint,
+        tokenizer=manifest.tokenizer_digest,
+        weight_precision=manifest.weight_precision,
+        context_id=context_id,
+        prefix=manifest.prefix_id,
+        shape=Shape(
+            layers=layers, kv_heads=manifest.kv_heads, head_dim=manifest.head_dim, sent_layers=tuple(range(layers))
+        ),
+        codec=rung.codec,
+        bits=rung.bits,
+        rung=rung.name,
+        slice_tokens=rung.slice_tokens,
+        tokens=len(ids),
+        id_bytes=id_bytes,
+        own_ids=pack_ids(list(ids[:own_tokens]), id_bytes),
+    )
+
+
+def expectation(manifest: Manifest, limit_bytes: int) -> Expectation:
+    """What payloads this model can use; limit_bytes bounds their decoded size."""
+    return Expectation(
+        fingerprint=manifest.fingerprint,
+        tokenizer=manifest.tokenizer_digest,
+        prefix=manifest.prefix_id,
+        layers=len(manifest.layers),
+        kv_heads=manifest.kv_heads,
+        head_dim=manifest.head_dim,
+        vocabulary=manifest.vocabulary,
+        window_tokens=manifest.window_tokens,
+        limit_bytes=limit_bytes,
+    )

@@ -1,0 +1,147 @@
+"""Sending: an order becomes a payload, coded slice by slice while the slices before are on their way."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Iterator
+
+from broker_config import topics
+from broker_config.bus import Bus
+from broker_config.errors import BusError, TransferError
+from broker_config.messages import Abort, EndState, SendOrder, SendOutcome
+from broker_config.transfer import Sent, send
+from edge_agent.engine import Engine
+from edge_agent.errors import AgentError, BudgetExceeded, RecipeInvalid
+from edge_agent.kv.cache import Cache
+from edge_agent.kv.payload import encode
+from edge_agent.kv.recipe import recipe
+from edge_agent.link_quality import LinkMeter
+from edge_agent.memory import ContextStore, Held
+from edge_agent.model.exchange import payload_header
+
+log = logging.getLogger(__name__)
+
+
+class Outgoing:
+    """Carries out SendOrders. Every order ends in exactly one SendOutcome."""
+
+    def __init__(
+        self, *, agent: str, engine: Engine, store: ContextStore, control: Bus, bulk: Bus, link: LinkMeter
+    ) -> None:
+        self._agent, self._engine, self._store = agent, engine, store
+        self._control, self._bulk, self._link = control, bulk, link
+
+    async def carry_out(self, order: SendOrder) -> None:
+        """Send what the order asks for and report how it ended."""
+        job = _Job(order)
+        state: EndState = "refused"
+        reason, sent = "", None
+        try:
+            async with asyncio.timeout(order.expires_s):
+                sent = await self._send(job)
+            state = "delivered"
+        except TransferError as error:
+            state, reason = error.state, error.reason
+        except (AgentError, BusError) as error:
+            reason = str(error)
+            await self._abort(order, reason)
+        except TimeoutError:
+            state, reason = "expired", f"not sent within {order.expires_s:g} s"
+            await self._abort(order, reason)
+        except asyncio.CancelledError:
+            await asyncio.shield(self._report(job, "cancelled", "cancelled by order", None))
+            raise
+        await self._report(job, state, reason, sent)
+
+    async def _send(self, job: _Job) -> Sent:
+        order = job.order
+        rung = recipe(order.rung)
+        held = self._store.get(order.context_id)
+        if order.own_tokens > len(held.ids):
+            raise RecipeInvalid(f"{order.own_tokens} leading tokens of a context of {len(held.ids)}")
+        header = payload_header(
+            self._engine.model.manifest, held.context_id, held.ids, own_tokens=order.own_tokens, rung=rung
+        )
+        job.payload_bytes = header.payload_bytes()
+        with self._store.pinned(held.context_id), self._link.transferring():
+            cache = await self._cache(job, held) if order.own_tokens < len(held.ids) else None
+            sent = await send(
+                bulk=self._bulk,
+                control=self._control,
+                sender=self._agent,
+                receiver=order.receiver,
+                transfer=order.transfer,
+                request=order.request,
+                pieces=self._pieces(job, encode(header, cache, rung)),
+                total_bytes=job.payload_bytes,
+                chunk_bytes=order.chunk_bytes,
+                rate_bps=order.rate_bps,
+                expires_s=order.expires_s,
+            )
+        self._engine.meter.encode(cache.elements if cache else 0, job.encode_s)
+        self._link.sent(sent.wire_bytes, sent.transfer_s)
+        return sent
+
+    async def _cache(self, job: _Job, held: Held) -> Cache:
+        """The context's cache, computed if it is not in memory."""
+        cache = self._store.cache(held.context_id)
+        if cache is None:
+            cache, job.prefill_s = await self._engine.prefill_context(list(held.ids), job.order.request)
+            try:
+                self._store.put(held.context_id, cache)
+            except BudgetExceeded as error:  # it can be sent all the same
+                log.warning("%s: %s", held.name, error)
+        return cache
+
+    async def _pieces(self, job: _Job, pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
+        """Each piece coded in a thread, timed, when the transfer asks for it."""
+
+        def timed() -> tuple[bytes | None, float]:
+            start = time.perf_counter()
+            return next(pieces, None), time.perf_counter() - start
+
+        while True:
+            piece, seconds = await asyncio.to_thread(timed)
+            job.encode_s += seconds
+            if piece is None:
+                return
+            yield piece
+
+    async def _abort(self, order: SendOrder, reason: str) -> None:
+        """Tell the receiver, so that it need not wait for the time-out."""
+        abort = Abort(transfer=order.transfer, reason=reason[:1024])
+        try:
+            await self._bulk.publish(topics.BULK, abort, receiver=order.receiver, sender=self._agent)
+        except BusError as error:
+            log.warning("%s", error)
+
+    async def _report(self, job: _Job, state: EndState, reason: str, sent: Sent | None) -> None:
+        outcome = SendOutcome(
+            request=job.order.request,
+            transfer=job.order.transfer,
+            agent=self._agent,
+            state=state,
+            payload_bytes=job.payload_bytes,
+            wire_bytes=sent.wire_bytes if sent else 0,
+            prefill_s=job.prefill_s,
+            encode_s=job.encode_s,
+            transfer_s=sent.transfer_s if sent else 0.0,
+            reason=reason[:1024],
+        )
+        log.info("send %s to %s: %s %s", job.order.transfer, job.order.receiver, state, reason)
+        try:
+            await self._control.publish(topics.OUTCOMES, outcome, agent=self._agent)
+        except BusError as error:
+            log.error("outcome of %s could not be reported: %s", job.order.transfer, error)
+
+
+class _Job:
+    """What is known of one order while it is carried out."""
+
+    def __init__(self, order: SendOrder) -> None:
+        self.order = order
+        self.payload_bytes = 0
+        self.prefill_s = 0.0
+        self.encode_s = 0.0

@@ -1,0 +1,191 @@
+"""Getting one context of a question into a cache: by its transfer, or, if that fails, by its text."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, field
+
+from broker_config import topics
+from broker_config.bus import Bus
+from broker_config.errors import BusError, TransferError
+from broker_config.messages import AnswerOrder, EndState, Part, PartOutcome, SendOrder, TextReply, TextRequest, new_id
+from broker_config.transfer import Inbox
+from edge_agent.engine import Engine
+from edge_agent.errors import AgentError, ContextUnknown, PayloadRejected
+from edge_agent.kv.cache import Cache, concatenate
+from edge_agent.kv.reader import PayloadReader
+from edge_agent.link_quality import LinkMeter
+from edge_agent.memory import ContextStore
+from edge_agent.model.exchange import expectation
+
+log = logging.getLogger(__name__)
+
+COORDINATOR = "coordinator"
+"""The text holder that is the coordinator itself."""
+
+
+@dataclass
+class Progress:
+    """What is known of one part while it is on its way."""
+
+    part: Part
+    payload_bytes: int = 0
+    receive_s: float = 0.0
+    decode_s: float = 0.0
+    prefill_s: float = 0.0
+    state: EndState = "delivered"
+    fallback: str = ""
+    reason: str = ""
+    failures: list[str] = field(default_factory=list)
+
+    def outcome(self) -> PartOutcome:
+        return PartOutcome(
+            transfer=self.part.transfer,
+            sender=self.part.sender,
+            state=self.state,
+            payload_bytes=self.payload_bytes,
+            receive_s=self.receive_s,
+            decode_s=self.decode_s,
+            prefill_s=self.prefill_s,
+            fallback=self.fallback,
+            reason="; ".join(self.failures)[:1024],
+        )
+
+
+class PartFailed(AgentError):
+    """Neither the transfer nor any holder of the text brought the context."""
+
+
+class Parts:
+    """Fetches parts. Several at once; each one's computing waits for its turn at the model."""
+
+    def __init__(
+        self,
+        *,
+        agent: str,
+        engine: Engine,
+        store: ContextStore,
+        inbox: Inbox,
+        control: Bus,
+        link: LinkMeter,
+        limit_bytes: int,
+    ) -> None:
+        self._agent, self._engine, self._store = agent, engine, store
+        self._inbox, self._control, self._link = inbox, control, link
+        self._limit_bytes = limit_bytes
+        self._texts: dict[str, asyncio.Future[TextReply]] = {}
+
+    async def fetch(self, order: AnswerOrder, progress: Progress) -> Cache:
+        """The cache of one part; progress is filled on the way. Raises PartFailed with all that was tried."""
+        part = progress.part
+        try:
+            if part.sender == self._agent:
+                return await self._own(order, progress)
+            return await self._receive(order, progress, part.transfer, order.part_timeout_s)
+        except (AgentError, BusError) as error:
+            progress.state = error.state if isinstance(error, TransferError) else "refused"
+            progress.failures.append(str(error))
+        for holder in part.text_holders:
+            log.warning("%s: %s; asking %s for the text", order.request, progress.failures[-1], holder)
+            try:
+                cache = await self._fall_back(order, progress, holder)
+            except (AgentError, BusError) as error:
+                progress.failures.append(f"{holder}: {error}")
+            else:
+                progress.fallback = holder
+                return cache
+        tried = "; ".join(progress.failures)
+        raise PartFailed(f"context {part.context_id} of {part.sender} could not be had: {tried}")
+
+    def text_came(self, reply: TextReply) -> None:
+        """The coordinator answered a TextRequest."""
+        waiting = self._texts.get(reply.transfer)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(reply)
+
+    async def _own(self, order: AnswerOrder, progress: Progress) -> Cache:
+        """A context that this agent holds itself."""
+        held = self._store.get(progress.part.context_id)
+        cache = self._store.cache(held.context_id)
+        if cache is None:
+            cache, progress.prefill_s = await self._engine.prefill_context(list(held.ids), order.asker)
+        return cache
+
+    async def _fall_back(self, order: AnswerOrder, progress: Progress, holder: str) -> Cache:
+        part = progress.part
+        if holder == COORDINATOR:
+            return await self._from_coordinator(order, progress)
+        transfer = new_id()
+        again = SendOrder(
+            request=order.request,
+            transfer=transfer,
+            context_id=part.context_id,
+            receiver=self._agent,
+            own_tokens=part.tokens,
+            rung=part.rung,
+            expires_s=order.part_timeout_s,
+        )
+        await self._control.publish(topics.ORDERS, again, agent=holder)
+        return await self._receive(order, progress, transfer, order.part_timeout_s)
+
+    async def _from_coordinator(self, order: AnswerOrder, progress: Progress) -> Cache:
+        part = progress.part
+        request = TextRequest(
+            request=order.request, transfer=part.transfer, context_id=part.context_id, agent=self._agent
+        )
+        waiting: asyncio.Future[TextReply] = asyncio.get_running_loop().create_future()
+        self._texts[part.transfer] = waiting
+        try:
+            await self._control.publish(topics.OUTCOMES, request, agent=self._agent)
+            async with asyncio.timeout(order.part_timeout_s):
+                reply = await waiting
+        except TimeoutError:
+            raise ContextUnknown(f"no text within {order.part_timeout_s:g} s") from None
+        finally:
+            del self._texts[part.transfer]
+        if reply.text is None:
+            raise ContextUnknown("the coordinator was not given this text")
+        ids = self._engine.text.context_ids(reply.text)
+        return await self._prefill(order, progress, ids)
+
+    async def _receive(self, order: AnswerOrder, progress: Progress, transfer: str, timeout_s: float) -> Cache:
+        incoming = self._inbox.expect(transfer)
+        start = time.perf_counter()
+        reader = PayloadReader(expectation(self._engine.model.manifest, self._limit_bytes))
+        decode_s = 0.0
+        try:
+            with self._link.transferring():
+                data = await incoming.payload(timeout_s)
+            progress.receive_s = time.perf_counter() - start
+            progress.payload_bytes = len(data)
+            self._link.received(len(data), incoming.duration_s)
+            begin = time.perf_counter()
+            await asyncio.to_thread(reader.feed, data)
+            received = reader.finish()
+            decode_s = time.perf_counter() - begin
+        except PayloadRejected as error:
+            await incoming.refuse(str(error))
+            raise
+        header = reader.header
+        if header is None or header.context_id != progress.part.context_id:
+            raise PayloadRejected("context_id", "is of another context than was ordered")
+        if received is not None:
+            progress.decode_s = decode_s
+            self._engine.meter.decode_payload(received.elements, decode_s)
+        if not header.own_tokens:
+            if received is None:
+                raise PayloadRejected("tokens", "there are none")
+            return received
+        if received is None:
+            return await self._prefill(order, progress, header.ids())
+        own, progress.prefill_s = await self._engine.prefill_context(header.ids(), order.asker)
+        return concatenate([own, received])
+
+    async def _prefill(self, order: AnswerOrder, progress: Progress, ids: list[int]) -> Cache:
+        """A whole context from its text, which must be the one that was ordered."""
+        if self._engine.text.context_id(ids) != progress.part.context_id:
+            raise PayloadRejected("own_ids", "are not the tokens of the context that was ordered")
+        cache, progress.prefill_s = await self._engine.prefill_context(ids, order.asker)
+        return cache

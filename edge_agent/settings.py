@@ -1,0 +1,80 @@
+"""The configuration of an agent: every field with its title and unit. `edge-agent config` prints it as TOML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from broker_config.messages.base import AgentId
+from broker_config.settings import BrokerSettings
+
+
+class ComputeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the model runs."""
+
+    threads: Annotated[
+        int, Meta(title="threads of one model run; 0: one per core", extra={"unit": "threads"}, ge=0, le=256)
+    ] = 1
+    prefill_chunk_tokens: Annotated[
+        int, Meta(title="tokens read in one run while prefilling", extra={"unit": "tokens"}, ge=8, le=8_192)
+    ] = 128
+
+
+class MemorySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How much memory caches may take."""
+
+    cache_budget_mb: Annotated[
+        float, Meta(title="memory for stored KV caches", extra={"unit": "MB (10^6 bytes)"}, gt=0, le=1e6)
+    ] = 256.0
+    payload_limit_mb: Annotated[
+        float, Meta(title="largest cache that is accepted, decoded", extra={"unit": "MB (10^6 bytes)"}, gt=0, le=1e6)
+    ] = 512.0
+
+
+class TelemetrySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the agent reports of itself, and how often."""
+
+    interval_s: Annotated[float, Meta(title="time between two reports", extra={"unit": "s"}, ge=0.1, le=60)] = 1.0
+    probe_interval_s: Annotated[
+        float, Meta(title="time between two probes of the link", extra={"unit": "s"}, ge=0.1, le=3_600)
+    ] = 2.0
+
+
+class AgentSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One agent on one device."""
+
+    agent: Annotated[AgentId, Meta(title="id of this agent, unique on the site: a-z, 0-9, - and _", extra={"unit": ""})]
+    bundle: Annotated[
+        str, Meta(title="directory of the model bundle made by `make prepare-model`", extra={"unit": "path"})
+    ]
+    site: Annotated[
+        str,
+        Meta(
+            title="name of the site; agents of one site share a coordinator",
+            extra={"unit": ""},
+            pattern="^[a-z0-9][a-z0-9_-]{0,31}$",
+        ),
+    ] = "home"
+    contexts_folder: Annotated[
+        str | None,
+        Meta(
+            title="folder of .txt and .md files to hold as contexts; published ones are kept there",
+            extra={"unit": "path"},
+        ),
+    ] = None
+    broker: Annotated[BrokerSettings, Meta(title="the MQTT broker")] = BrokerSettings()
+    compute: Annotated[ComputeSettings, Meta(title="the model")] = ComputeSettings()
+    memory: Annotated[MemorySettings, Meta(title="memory")] = MemorySettings()
+    telemetry: Annotated[TelemetrySettings, Meta(title="telemetry")] = TelemetrySettings()
+
+    @property
+    def bundle_path(self) -> Path:
+        """The bundle's directory, ~ expanded."""
+        return Path(self.bundle).expanduser()
+
+    @property
+    def folder_path(self) -> Path | None:
+        """The contexts' folder, ~ expanded."""
+        return Path(self.contexts_folder).expanduser() if self.contexts_folder else None
