@@ -7,6 +7,7 @@ MQTT 3.1.1 only. `{…}` are single levels; a topic is turned into an address wi
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic, Literal, TypeVar
@@ -43,18 +44,34 @@ class Topic(Generic[M]):
     connection: Literal["control", "bulk"] = "control"
 
     def at(self, **parameters: str) -> str:
-        """The address with all parameters filled in. Raises KeyError for one that is missing."""
+        """The address with all parameters filled in.
+
+        Raises KeyError for one that is missing or unknown, ValueError for one that is no single level.
+        """
+        self._check(parameters)
         return self.pattern.format(**parameters)
 
     def filter(self, **parameters: str) -> str:
-        """The MQTT subscription filter; parameters not given match any one level."""
-        names = re.findall(r"{(\w+)}", self.pattern)
-        return self.pattern.format(**{name: parameters.get(name, "+") for name in names})
+        """The MQTT subscription filter; parameters not given match any one level. Raises as `at` does."""
+        self._check(parameters)
+        return self.pattern.format(**{name: parameters.get(name, "+") for name in self.names})
 
     def parse(self, address: str) -> dict[str, str] | None:
         """The parameters of an address under this topic, or None if it is not one."""
         match = self._expression.fullmatch(address)
         return match.groupdict() if match else None
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names of the parameters, in the order of the pattern."""
+        return tuple(re.findall(r"{(\w+)}", self.pattern))
+
+    def _check(self, parameters: Mapping[str, str]) -> None:
+        for name, value in parameters.items():
+            if name not in self.names:
+                raise KeyError(f"{self.pattern} has no parameter {name}")
+            if not re.fullmatch(r"[^/+#\0]+", value):
+                raise ValueError(f"{name} of {self.pattern} must be one topic level, not {value!r}")
 
     @cached_property
     def _expression(self) -> re.Pattern[str]:
@@ -75,13 +92,18 @@ ACKS: Topic[Ack] = Topic(pattern="kvbus/{site}/acks/{sender}/{receiver}", messag
 PROBES: Topic[Probe] = Topic(
     pattern="kvbus/{site}/probes/{agent}", message=Probe, max_bytes=258 * KIBI, connection="bulk"
 )
+PROBE_SINK: Topic[Probe] = Topic(
+    pattern="kvbus/{site}/probes/{agent}/sink", message=Probe, max_bytes=258 * KIBI, connection="bulk"
+)
 REQUESTS: Topic[CoordinatorRequest] = Topic(
     pattern="kvbus/{site}/coordinator/requests", message=CoordinatorRequest, max_bytes=1100 * KIBI
 )
 COORDINATOR: Topic[CoordinatorPresence] = Topic(
     pattern="kvbus/{site}/coordinator/presence", message=CoordinatorPresence, retain=True
 )
-EVENTS: Topic[RoundEvent] = Topic(pattern="kvbus/{site}/clients/{client}/events", message=RoundEvent, max_bytes=1024 * KIBI)
+EVENTS: Topic[RoundEvent] = Topic(
+    pattern="kvbus/{site}/clients/{client}/events", message=RoundEvent, max_bytes=1024 * KIBI
+)
 REPLIES: Topic[ContextReply] = Topic(
     pattern="kvbus/{site}/clients/{client}/replies", message=ContextReply, max_bytes=1024 * KIBI
 )
@@ -95,6 +117,7 @@ TOPICS: tuple[Topic[Any], ...] = (
     BULK,
     ACKS,
     PROBES,
+    PROBE_SINK,
     REQUESTS,
     COORDINATOR,
     EVENTS,

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import statistics
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,8 +31,9 @@ PROBE_TIMEOUT_S = 8.0
 QUIET_S = 0.3
 """After a transfer the link is left alone for so long before it is probed."""
 
-RATE_WEIGHT, ROUND_TRIP_WEIGHT = 0.5, 0.3
-SMALLEST_TRANSFER_BYTES = 128 * 1024
+REMEMBERED_PROBES = 3
+"""The median of so many is reported: one slow probe changes nothing, a link that has changed is seen at the second."""
+SMALLEST_TRANSFER_BYTES = 1024 * 1024
 """A shorter transfer says more of round trips than of rates."""
 
 WIRELESS = Path("/proc/net/wireless")
@@ -41,9 +44,9 @@ class LinkMeter:
 
     def __init__(self, *, bulk: Bus, agent: str, wireless: Path = WIRELESS) -> None:
         self._bulk, self._agent, self._wireless = bulk, agent, wireless
-        self._round_trip_s: float | None = None
-        self._uplink_bps: float | None = None
-        self._downlink_bps: float | None = None
+        self._round_trip_s = _Median()
+        self._uplink_bps = _Median()
+        self._downlink_bps = _Median()
         self._probe_bytes = SMALLEST_PROBE_BYTES
         self._sequence = 0
         self._awaited: asyncio.Future[float] | None = None
@@ -53,9 +56,9 @@ class LinkMeter:
     @property
     def quality(self) -> LinkQuality:
         return LinkQuality(
-            round_trip_s=self._round_trip_s,
-            uplink_bps=self._uplink_bps,
-            downlink_bps=self._downlink_bps,
+            round_trip_s=self._round_trip_s.value,
+            uplink_bps=self._uplink_bps.value,
+            downlink_bps=self._downlink_bps.value,
             signal_dbm=signal_dbm(self._wireless),
         )
 
@@ -71,11 +74,11 @@ class LinkMeter:
 
     def sent(self, wire_bytes: int, seconds: float) -> None:
         """A transfer went out: the uplink is at least as fast as that."""
-        self._uplink_bps = _at_least(self._uplink_bps, wire_bytes, seconds)
+        _raise_to(self._uplink_bps, wire_bytes, seconds)
 
     def received(self, wire_bytes: int, seconds: float) -> None:
         """A transfer came in: the downlink is at least as fast as that."""
-        self._downlink_bps = _at_least(self._downlink_bps, wire_bytes, seconds)
+        _raise_to(self._downlink_bps, wire_bytes, seconds)
 
     async def run(self, interval_s: float) -> None:
         """Probe for ever, at most every interval_s seconds, whenever the link is quiet."""
@@ -100,10 +103,10 @@ class LinkMeter:
         both_s = await self._bounce(size)
         if self._transfers:  # one began meanwhile: these seconds say nothing
             return
-        self._round_trip_s = _mean(self._round_trip_s, round_trip_s, ROUND_TRIP_WEIGHT)
-        self._uplink_bps = _mean(self._uplink_bps, 8 * size / max(up_s - round_trip_s, up_s / 10), RATE_WEIGHT)
-        self._downlink_bps = _mean(self._downlink_bps, 8 * size / max(both_s - up_s, both_s / 20), RATE_WEIGHT)
-        slowest = min(self._uplink_bps, self._downlink_bps)
+        self._round_trip_s.add(round_trip_s)
+        uplink_bps = self._uplink_bps.add(8 * size / max(up_s - round_trip_s, up_s / 10))
+        downlink_bps = self._downlink_bps.add(8 * size / max(both_s - up_s, both_s / 20))
+        slowest = min(uplink_bps, downlink_bps)
         self._probe_bytes = int(min(max(slowest * PROBE_TARGET_S / 8, SMALLEST_PROBE_BYTES), LARGEST_PROBE_BYTES))
 
     async def _bounce(self, size: int) -> float:
@@ -132,11 +135,23 @@ def signal_dbm(wireless: Path = WIRELESS) -> float | None:
     return level if level is not None and -200 <= level <= 50 else None
 
 
-def _mean(old: float | None, new: float, weight: float) -> float:
-    return new if old is None else old + weight * (new - old)
+class _Median:
+    """The median of the last few measurements; None before the first."""
+
+    def __init__(self) -> None:
+        self._last: deque[float] = deque(maxlen=REMEMBERED_PROBES)
+
+    @property
+    def value(self) -> float | None:
+        return statistics.median_low(self._last) if self._last else None
+
+    def add(self, measured: float) -> float:
+        self._last.append(measured)
+        return statistics.median_low(self._last)
 
 
-def _at_least(old: float | None, wire_bytes: int, seconds: float) -> float | None:
-    if wire_bytes < SMALLEST_TRANSFER_BYTES or seconds <= 0:
-        return old
-    return max(old or 0.0, 8 * wire_bytes / seconds)
+def _raise_to(rate: _Median, wire_bytes: int, seconds: float) -> None:
+    """A large transfer that was faster than the estimate is proof enough to forget what was measured before."""
+    if wire_bytes >= SMALLEST_TRANSFER_BYTES and seconds > 0 and 8 * wire_bytes / seconds > (rate.value or 0.0):
+        for _ in range(REMEMBERED_PROBES):
+            rate.add(8 * wire_bytes / seconds)

@@ -160,7 +160,8 @@ class Parts:
                 data = await incoming.payload(timeout_s)
             progress.receive_s = time.perf_counter() - start
             progress.payload_bytes = len(data)
-            self._link.received(len(data), incoming.duration_s)
+            if incoming.first_chunk_s is not None and incoming.complete_s is not None:
+                self._link.received(len(data), incoming.complete_s - incoming.first_chunk_s)
             begin = time.perf_counter()
             await asyncio.to_thread(reader.feed, data)
             received = reader.finish()

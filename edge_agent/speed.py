@@ -6,7 +6,7 @@ import msgspec
 
 from broker_config.messages import Speed
 
-WEIGHT = 0.2
+WEIGHT = 0.4
 """Weight of a new measurement: fast enough to follow throttling, slow enough to ride out one slow run."""
 
 

@@ -13,11 +13,15 @@ from msgspec import Meta, Struct
 
 PROTOCOL_VERSION = 1
 
-Id = Annotated[str, Meta(pattern="^[0-9a-f]{16}$", title="identifier", description="16 hexadecimal digits")]
-Digest = Annotated[str, Meta(pattern="^[0-9a-f]{32}$", title="digest", description="128 bits of SHA-256 in hexadecimal")]
-AgentId = Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9_-]{0,31}$", title="agent id")]
-Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", title="context name")]
-RungName = Annotated[str, Meta(min_length=1, max_length=32, pattern=r"^[a-z0-9][a-z0-9._-]*$", title="rung of the ladder")]
+Id = Annotated[str, Meta(pattern="^[0-9a-f]{16}\\Z", title="identifier", description="16 hexadecimal digits")]
+Digest = Annotated[
+    str, Meta(pattern="^[0-9a-f]{32}\\Z", title="digest", description="128 bits of SHA-256 in hexadecimal")
+]
+AgentId = Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9_-]{0,31}\\Z", title="agent id")]
+Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z", title="context name")]
+RungName = Annotated[
+    str, Meta(min_length=1, max_length=32, pattern=r"^[a-z0-9][a-z0-9._-]*\Z", title="rung of the ladder")
+]
 Question = Annotated[str, Meta(min_length=1, max_length=4_096)]
 ContextText = Annotated[str, Meta(min_length=1, max_length=262_144)]
 Reason = Annotated[str, Meta(max_length=1_024)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta
 
@@ -26,7 +26,10 @@ class Open(Message, frozen=True, kw_only=True, tag="open"):
 
 
 class Chunk(Message, frozen=True, kw_only=True, tag="chunk"):
-    """One piece. (transfer, index) names it: duplicates are harmless. `last` closes the sequence."""
+    """One piece. (transfer, index) names it: duplicates are harmless. `last` closes the sequence.
+
+    crc32 is over place and data, see broker_config.transfer.
+    """
 
     transfer: Id
     index: ChunkIndex
@@ -36,10 +39,11 @@ class Chunk(Message, frozen=True, kw_only=True, tag="chunk"):
 
 
 class Abort(Message, frozen=True, kw_only=True, tag="abort"):
-    """The sender gives the transfer up."""
+    """The sender gives the transfer up; `state` is what it ended as there, so that both ends say the same."""
 
     transfer: Id
     reason: Reason = ""
+    state: Literal["cancelled", "expired"] = "cancelled"
 
 
 Bulk = Open | Chunk | Abort

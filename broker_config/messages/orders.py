@@ -25,14 +25,16 @@ from broker_config.messages.base import (
     Tokens,
 )
 
-ReplyTopic = Annotated[str, Meta(min_length=1, max_length=256, pattern="^[^+#]+$")]
+ClientId = Annotated[
+    str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z", title="client id")
+]
 
 
 class AddContext(Message, frozen=True, kw_only=True, tag="add_context"):
     """Hold this text under this name, prefill it, keep its cache. Answered by ContextReply."""
 
     correlation: Id
-    reply_topic: ReplyTopic
+    client: ClientId
     name: Name
     text: ContextText
 
@@ -41,7 +43,7 @@ class RemoveContext(Message, frozen=True, kw_only=True, tag="remove_context"):
     """Forget the context of this name, text and cache. Answered by ContextReply."""
 
     correlation: Id
-    reply_topic: ReplyTopic
+    client: ClientId
     name: Name
 
 
@@ -49,7 +51,7 @@ class ListContexts(Message, frozen=True, kw_only=True, tag="list_contexts"):
     """Answered by ContextReply."""
 
     correlation: Id
-    reply_topic: ReplyTopic
+    client: ClientId
 
 
 class ContextReply(Message, frozen=True, kw_only=True, tag="context_reply"):

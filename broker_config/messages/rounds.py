@@ -25,26 +25,25 @@ from broker_config.messages.base import (
     Seconds,
     Tokens,
 )
-from broker_config.messages.orders import ReplyTopic
+from broker_config.messages.orders import ClientId
 
 DEFAULT_QUALITY_FLOOR = 0.02
 
-PolicyName = Annotated[str, Meta(min_length=1, max_length=32, pattern="^[a-z0-9_-]+$")]
+PolicyName = Annotated[str, Meta(min_length=1, max_length=32, pattern="^[a-z0-9_-]+\\Z")]
 Source = Annotated[
     str,
     Meta(
-        pattern=r"^[a-z0-9][a-z0-9_-]{0,31}(:[A-Za-z0-9][A-Za-z0-9._-]{0,63})?$",
+        pattern=r"^[a-z0-9][a-z0-9_-]{0,31}(:[A-Za-z0-9][A-Za-z0-9._-]{0,63})?\Z",
         description="an agent, or one context of it: pi-1 or pi-1:site-report",
     ),
 ]
 
 
 class Ask(Message, frozen=True, kw_only=True, tag="ask"):
-    """A question to be answered by `receiver` from what the sources hold. Events go to reply_topic."""
+    """A question to be answered by `receiver` from what the sources hold. Events go to clients/{client}/events."""
 
     request: Id
-    client: Annotated[str, Meta(min_length=1, max_length=64)]
-    reply_topic: ReplyTopic
+    client: ClientId
     question: Question
     sources: Annotated[tuple[Source, ...], Meta(min_length=1, max_length=64)]
     receiver: AgentId
@@ -64,7 +63,7 @@ class GiveContext(Message, frozen=True, kw_only=True, tag="give_context"):
     """Give an agent a text through the coordinator, which keeps a copy for fallbacks. Answered by ContextReply."""
 
     correlation: Id
-    reply_topic: ReplyTopic
+    client: ClientId
     agent: AgentId
     name: Name
     text: ContextText
@@ -109,7 +108,7 @@ class LinkReport(Struct, frozen=True, kw_only=True):
 
 
 class RoundReport(Struct, frozen=True, kw_only=True):
-    """A round from acceptance to its one end. e2e_s: acceptance to the first answer token, on the coordinator's clock."""
+    """A round up to its one end. e2e_s: acceptance to first answer token, on the coordinator's clock."""
 
     request: Id
     question: Question

@@ -1,0 +1,40 @@
+"""Policies by name. A policy is a pure function from a scenario to a plan."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+from coordinator.errors import PolicyUnknown
+from coordinator.policy.base import LinkPlan, Plan, Policy, RequestPlan
+from coordinator.policy.fixed import CachePolicy, TokenPolicy
+from coordinator.policy.jmsra import JmsraPolicy
+from coordinator.policy.rungs import PressureCaps
+from coordinator.policy.scenario import PlanRequest, build_scenario
+
+DEFAULT_POLICY = "jmsra"
+
+POLICIES: MappingProxyType[str, Policy] = MappingProxyType(
+    {policy.name: policy for policy in (JmsraPolicy(), TokenPolicy(), CachePolicy())}
+)
+
+
+def get_policy(name: str) -> Policy:
+    """The policy of that name. Raises PolicyUnknown, which lists those there are."""
+    try:
+        return POLICIES[name]
+    except KeyError:
+        raise PolicyUnknown(name, POLICIES) from None
+
+
+__all__ = [
+    "DEFAULT_POLICY",
+    "POLICIES",
+    "LinkPlan",
+    "Plan",
+    "PlanRequest",
+    "Policy",
+    "PressureCaps",
+    "RequestPlan",
+    "build_scenario",
+    "get_policy",
+]

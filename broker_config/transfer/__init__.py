@@ -1,0 +1,9 @@
+"""A large payload over the bus: in chunks, windowed, paced, acknowledged end to end, in exactly one end state."""
+
+from broker_config.transfer.inbox import Inbox
+from broker_config.transfer.incoming import Incoming
+from broker_config.transfer.outgoing import send
+from broker_config.transfer.pacing import Pacer
+from broker_config.transfer.window import Sent
+
+__all__ = ["Inbox", "Incoming", "Pacer", "Sent", "send"]

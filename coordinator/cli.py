@@ -1,0 +1,280 @@
+"""The command `coordinator`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import getpass
+import logging
+import secrets
+import signal
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import msgspec
+import structlog
+import typer
+from rich.console import Console
+
+from broker_config.broker import EmbeddedBroker
+from broker_config.errors import BusError
+from broker_config.messages import DEFAULT_QUALITY_FLOOR, Ended, Piece, Planned, RoundEvent
+from broker_config.mosquitto import render
+from broker_config.settings import describe, load_toml
+from broker_config.users import add_user
+from coordinator.client import Client
+from coordinator.errors import CoordinatorError
+from coordinator.service import Coordinator
+from coordinator.settings import CoordinatorSettings
+from coordinator.show import fleet_table, outcome_lines, plan_lines
+
+app = typer.Typer(
+    help="Plans what travels between the agents of a site (text tokens or KV cache, at how many bits, with what share "
+    "of the channel), and asks them questions.\n\n"
+    "On one machine: `coordinator broker` starts an embedded MQTT broker, `coordinator run` the coordinator, "
+    '`edge-agent run agent.toml` each agent; then `coordinator ask "…" --from pi-1 --to jetson-1`.',
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(highlight=False, soft_wrap=True)
+
+Configuration = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="TOML file; `coordinator config` prints one. Without it: the defaults."),
+]
+DEFAULT_USERS = Path("~/.config/kvbus/users")
+
+
+@app.command()
+def run(configuration: Configuration = None) -> None:
+    """Run the coordinator of a site until it is stopped (Ctrl-C or SIGTERM)."""
+    _set_up_logs()
+    _do(_until_stopped(Coordinator(_settings(configuration)).run()))
+
+
+@app.command()
+def ask(
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    sources: Annotated[
+        str,
+        typer.Option(
+            "--from", help="Who holds what it is asked of: pi-1,pi-2, or one context of it: pi-1:site-report."
+        ),
+    ],
+    receiver: Annotated[str, typer.Option("--to", help="The agent that is to answer.")],
+    configuration: Configuration = None,
+    policy: Annotated[str | None, typer.Option(help="token, kv or jmsra (default: the coordinator's).")] = None,
+    deadline: Annotated[
+        float | None, typer.Option(help="Seconds to the first answer token; what is left of them goes into quality.")
+    ] = None,
+    quality: Annotated[
+        float, typer.Option(help="Largest mean KL divergence, in nats, that compression may cost.")
+    ] = DEFAULT_QUALITY_FLOOR,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 32,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report there as JSON.")] = None,
+) -> None:
+    """Ask a question; prints the plan, the answer as it is generated, and what it took."""
+    settings = _settings(configuration)
+
+    def show(event: RoundEvent) -> None:
+        match event:
+            case Planned(report=report):
+                for line in plan_lines(report):
+                    console.print(f"[dim]{line}[/dim]")
+            case Piece(text=text):
+                console.print(text, end="", markup=False)
+            case Ended(report=report):
+                console.print()
+                for line in outcome_lines(report):
+                    console.print(f"[dim]{line}[/dim]")
+
+    async def work() -> None:
+        async with Client(broker=settings.broker, site=settings.site) as client:
+            report = await client.ask(
+                question,
+                sources=[source.strip() for source in sources.split(",") if source.strip()],
+                receiver=receiver,
+                policy=policy,
+                deadline_s=deadline,
+                quality_floor=quality,
+                max_new_tokens=max_tokens,
+                on_event=show,
+            )
+        if json_file:
+            json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report)))
+        if report.state != "answered":
+            typer.echo(f"coordinator: {report.state}: {report.reason}", err=True)
+            raise typer.Exit(1)
+
+    _do(work())
+
+
+@app.command()
+def status(configuration: Configuration = None) -> None:
+    """Show the agents of the site: memory, links, speeds, contexts."""
+    settings = _settings(configuration)
+
+    async def work() -> None:
+        async with Client(broker=settings.broker, site=settings.site) as client:
+            console.print(fleet_table(await client.fleet()))
+
+    _do(work())
+
+
+@app.command()
+def give(
+    agent: Annotated[str, typer.Argument(help="The agent that is to hold the text.")],
+    file: Annotated[Path, typer.Argument(help="A text file.")],
+    name: Annotated[str | None, typer.Option(help="Name of the context (default: the file's name).")] = None,
+    configuration: Configuration = None,
+) -> None:
+    """Give an agent a text to hold, prefill and answer from."""
+    settings = _settings(configuration)
+
+    async def work() -> None:
+        try:
+            text = await asyncio.to_thread(file.read_text, encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CoordinatorError(f"can't read {file}: {error}") from None
+        async with Client(broker=settings.broker, site=settings.site) as client:
+            held = await client.give(agent, name or file.stem, text)
+        console.print(f"{agent} holds " + ", ".join(f"{context.name} ({context.tokens} tokens)" for context in held))
+
+    _do(work())
+
+
+@app.command()
+def remove(
+    agent: Annotated[str, typer.Argument(help="The agent.")],
+    name: Annotated[str, typer.Argument(help="Name of the context.")],
+    configuration: Configuration = None,
+) -> None:
+    """Have an agent forget a context, its text and its cache."""
+    settings = _settings(configuration)
+
+    async def work() -> None:
+        async with Client(broker=settings.broker, site=settings.site) as client:
+            held = await client.remove(agent, name)
+        console.print(f"{agent} holds " + (", ".join(context.name for context in held) or "no context"))
+
+    _do(work())
+
+
+@app.command()
+def broker(
+    host: Annotated[str, typer.Option(help="Address to listen on; beyond loopback only with users.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="TCP port.")] = 1883,
+    users: Annotated[
+        Path | None, typer.Option(help="Users file, as `coordinator add-agent` makes it (default on loopback: none).")
+    ] = None,
+) -> None:
+    """Run the embedded MQTT broker (for one machine, or a few; for more use Mosquitto)."""
+    _set_up_logs()
+
+    async def work() -> None:
+        async with EmbeddedBroker(host, port, users):
+            structlog.get_logger().info("broker listens", host=host, port=port)
+            await asyncio.Event().wait()
+
+    _do(_until_stopped(work()))
+
+
+@app.command("mosquitto-config")
+def mosquitto_config(
+    host: Annotated[str, typer.Option(help="Address to listen on; beyond loopback only with users.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="TCP port.")] = 1883,
+    users: Annotated[Path | None, typer.Option(help="Users file, as `coordinator add-agent` makes it.")] = None,
+    persistence: Annotated[Path | None, typer.Option(help="Folder in which the broker keeps sessions.")] = None,
+) -> None:
+    """Print a mosquitto.conf for this system: `coordinator mosquitto-config > kvbus.conf; mosquitto -c kvbus.conf`."""
+    try:
+        typer.echo(render(host, port, users, persistence), nl=False)
+    except BusError as error:
+        _fail(error)
+
+
+@app.command("add-agent")
+def add_agent(
+    name: Annotated[str, typer.Argument(help="The agent's id; the coordinator needs a user too, called coordinator.")],
+    users: Annotated[Path, typer.Option(help="Users file of the broker (embedded or Mosquitto).")] = DEFAULT_USERS,
+    password_file: Annotated[
+        Path | None,
+        typer.Option(help="Where to write the new password (default: NAME.password beside the users file)."),
+    ] = None,
+    ask_password: Annotated[bool, typer.Option("--ask", help="Type a password instead of having one made.")] = False,
+) -> None:
+    """Add a user to the broker: writes the users file, and the password to a file for the agent's configuration."""
+    users = users.expanduser()
+    target = password_file or users.parent / f"{name}.password"
+    password = getpass.getpass(f"password of {name}: ") if ask_password else secrets.token_urlsafe(24)
+    try:
+        users.parent.mkdir(parents=True, exist_ok=True)
+        add_user(users, name, password)
+        target.touch(mode=0o600)
+        target.write_text(password + "\n")
+    except (OSError, ValueError, BusError) as error:
+        _fail(error)
+    typer.echo(f"user {name} added to {users}; password in {target}")
+    typer.echo(f'in the agent\'s configuration: [broker] username = "{name}", password_file = "{target}"')
+
+
+@app.command()
+def config() -> None:
+    """Print a commented configuration with every field, its unit and its default."""
+    typer.echo(describe(CoordinatorSettings), nl=False)
+
+
+def _settings(path: Path | None) -> CoordinatorSettings:
+    try:
+        return load_toml(path, CoordinatorSettings) if path else CoordinatorSettings()
+    except BusError as error:
+        _fail(error)
+
+
+def _do(work: Coroutine[Any, Any, None]) -> None:
+    """Run it; a mistake of a person's is one line."""
+    try:
+        asyncio.run(work)
+    except (CoordinatorError, BusError) as error:
+        _fail(error)
+    except msgspec.ValidationError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _fail(error: Exception) -> NoReturn:
+    typer.echo(f"coordinator: {error}", err=True)
+    raise typer.Exit(1) from None
+
+
+async def _until_stopped(work: Coroutine[Any, Any, None]) -> None:
+    """SIGTERM and SIGINT end the work in good order."""
+    loop = asyncio.get_running_loop()
+    running = asyncio.ensure_future(work)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, running.cancel)
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+
+
+def _set_up_logs() -> None:
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    renderer: Any = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.StackInfoRenderer(),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,90 @@
+"""What a coordinator must remember across a crash: the questions it has taken and not yet ended.
+
+One JSON object a line, appended: {"began": …} when a question is taken, {"ended": id} when it has its end. A last line
+that was cut short by a crash is ignored.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from broker_config.messages import Ask
+from coordinator.errors import JournalUnwritable
+
+
+class InFlight(Struct, frozen=True, kw_only=True):
+    """A question that was taken, and the agents that have orders for it."""
+
+    ask: Ask
+    agents: tuple[str, ...]
+
+
+class _Line(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    began: InFlight | None = None
+    ended: str | None = None
+
+
+class Journal:
+    """Opens (and compacts) the file. `left_over` are the questions that an earlier coordinator did not end."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.left_over = _read(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            compact = path.with_suffix(".new")
+            compact.write_bytes(b"".join(_encode(_Line(began=entry)) for entry in self.left_over))
+            compact.replace(path)
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise JournalUnwritable(f"journal {path} can't be written: {error.strerror}") from None
+
+    def began(self, entry: InFlight) -> None:
+        """Before any order goes out. Raises JournalUnwritable."""
+        self._append(_Line(began=entry))
+
+    def ended(self, request: str) -> None:
+        """After the end was told. Raises JournalUnwritable."""
+        self._append(_Line(ended=request))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _append(self, line: _Line) -> None:
+        data, at = _encode(line), self._file.tell()
+        try:
+            if self._file.write(data) == len(data):
+                return
+            problem = "disk full"
+        except OSError as error:
+            problem = error.strerror or str(error)
+        os.ftruncate(self._file.fileno(), at)  # half a line would spoil the next one
+        raise JournalUnwritable(f"journal {self._path} can't be written: {problem}")
+
+
+def _encode(line: _Line) -> bytes:
+    return msgspec.json.encode(line) + b"\n"
+
+
+def _read(path: Path) -> tuple[InFlight, ...]:
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return ()
+    except OSError as error:
+        raise JournalUnwritable(f"journal {path} can't be read: {error.strerror}") from None
+    open_: dict[str, InFlight] = {}
+    for row in raw.split(b"\n"):
+        try:
+            line = msgspec.json.decode(row, type=_Line)
+        except msgspec.DecodeError:
+            continue  # cut short by a crash
+        if line.began:
+            open_[line.began.ask.request] = line.began
+        if line.ended:
+            open_.pop(line.ended, None)
+    return tuple(open_.values())

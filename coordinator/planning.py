@@ -1,0 +1,97 @@
+"""From a question to a planned round: the policy is asked, local sources are set aside, text holders are named."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from broker_config.messages import Ask
+from coordinator.errors import RequestImpossible
+from coordinator.fleet import Fleet, link_channels, resolve_source
+from coordinator.policy import PlanRequest, PressureCaps, RequestPlan, build_scenario, get_policy
+from coordinator.round import LocalSource, Round
+from coordinator.settings import CoordinatorSettings
+from coordinator.texts import Texts
+
+COORDINATOR = "coordinator"
+
+
+def plan_round(
+    ask: Ask,
+    *,
+    fleet: Fleet,
+    settings: CoordinatorSettings,
+    running: Collection[Round],
+    texts: Texts,
+    now_s: float,
+) -> Round:
+    """The round as the policy wants it, accepted at now_s. running: rounds in flight, whose transfers occupy channels.
+
+    Raises CoordinatorError, whose line says what to change.
+    """
+    expiry_s = settings.planning.expiry_s
+    policy = get_policy(ask.policy or settings.planning.policy)
+    receiver = fleet.require_online(ask.receiver, now_s, expiry_s)
+    if not ask.question.strip():
+        raise RequestImpossible("the question is empty; ask something")
+    if len(ask.sources) != len(set(ask.sources)):
+        raise RequestImpossible("it names a source twice; name each context once")
+    local: dict[str, LocalSource] = {}
+    for source in ask.sources:
+        if source.partition(":")[0] == ask.receiver and receiver.telemetry:
+            context = resolve_source(fleet, source, now_s, expiry_s)[1]
+            local[source] = LocalSource(context=context, pressure=receiver.telemetry.memory.pressure)
+    remote = tuple(source for source in ask.sources if source not in local)
+    plan: RequestPlan | None = None
+    if remote:
+        scenario = build_scenario(
+            fleet,
+            [replace(PlanRequest.of(ask), sources=remote)],
+            settings.site_channels(),
+            airtime_free(fleet, settings, running),
+            now_s,
+            caps=PressureCaps(settings.planning.pressure_caps),
+            tie_fraction=settings.planning.tie_fraction,
+            expiry_s=expiry_s,
+        )
+        plan = policy.plan(scenario).requests[0]
+    links = iter(plan.links if plan else ())
+    return Round(
+        ask=ask,
+        policy=policy.name,
+        accepted_s=now_s,
+        plan=plan,
+        sources=tuple(local[source] if source in local else next(links) for source in ask.sources),
+        holders={
+            link.context_id: text_holders(
+                link.context_id, fleet, texts, receiver=ask.receiver, now_s=now_s, expiry_s=expiry_s
+            )
+            for link in (plan.links if plan else ())
+        },
+    )
+
+
+def airtime_free(fleet: Fleet, settings: CoordinatorSettings, running: Collection[Round]) -> dict[str, float]:
+    """What transfers in flight leave of each channel, as fractions."""
+    used: dict[str, float] = {}
+    for round_ in running:
+        for link in round_.running_links():
+            for channel, alone_bps in link_channels(fleet, link.sender, link.receiver, settings.site_channels()):
+                used[channel] = used.get(channel, 0.0) + link.share_bps / alone_bps
+    return {channel: max(0.0, 1.0 - share) for channel, share in used.items()}
+
+
+def text_holders(
+    context_id: str, fleet: Fleet, texts: Texts, *, receiver: str, now_s: float, expiry_s: float
+) -> tuple[str, ...]:
+    """Who can give a context's text if its transfer fails: the coordinator first, then agents that are online."""
+    kept = (COORDINATOR,) if texts.find(fleet, context_id) is not None else ()
+    agents = tuple(
+        agent
+        for agent, state in sorted(fleet.agents.items())
+        if agent != receiver
+        and fleet.online(agent, now_s, expiry_s)
+        and state.telemetry
+        and any(context.context_id == context_id for context in state.telemetry.contexts)
+    )
+    return kept + agents

@@ -1,0 +1,87 @@
+"""Which rungs a link may use, and how high it may climb. The same rule for every policy (design, "A recipe").
+
+Allowed is what keeps the request's quality floor (KL) and is small enough for the memory of both ends. Media are chosen
+with the tightest allowed rung; then quality is raised with the time that is left (methods, section 2, "Order of aims").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from broker_config.messages import Rung
+from coordinator.policy.shares import Allocation, Floats, Shares
+
+
+@dataclass(frozen=True)
+class PressureCaps:
+    """Bits per element at most, from a memory pressure on. Below the first threshold there is no cap."""
+
+    steps: tuple[tuple[float, float], ...] = ((0.70, 9.0), (0.80, 6.5), (0.90, 4.5))
+
+    def at_most(self, pressure: float) -> float:
+        """The largest allowed bits per element at this pressure; infinite without a cap."""
+        return min((bits for threshold, bits in self.steps if pressure >= threshold), default=float("inf"))
+
+
+def allowed_rungs(ladder: Sequence[Rung], floor: float, pressure: float, caps: PressureCaps) -> tuple[Rung, ...]:
+    """The rungs within floor and cap from tightest to most faithful, without those that cost more and keep less."""
+    cap = caps.at_most(pressure)
+    fitting = (rung for rung in ladder if rung.kl <= floor and rung.bits_per_element <= cap)
+    allowed: list[Rung] = []
+    for rung in sorted(fitting, key=lambda rung: (rung.bits_per_element, rung.kl, rung.name)):
+        if not allowed or rung.kl < allowed[-1].kl:
+            allowed.append(rung)
+    return tuple(allowed)
+
+
+def why_no_rung(floor: float, pressure: float, caps: PressureCaps) -> str:
+    """The note of a link that has no rung."""
+    squeezed = f" under memory pressure {pressure:.2f}" if np.isfinite(caps.at_most(pressure)) else ""
+    return f"no rung keeps KL {floor:g}{squeezed}: sent as text"
+
+
+def raise_rungs(shares: Shares, base: Allocation) -> Allocation:
+    """The same media on the most faithful rungs that time allows.
+
+    A request with a deadline that it meets may take until the deadline; one that misses it takes no longer than now;
+    without a deadline all may take `tie_fraction` longer than the round takes now. The link with the largest loss
+    climbs first (ties: in the order of the scenario), one rung at a time, until no link can climb.
+    """
+    limits_s = _limits(shares, base)
+    rungs = list(base.rungs)
+    climbing = {index for index, cache in enumerate(base.cache) if cache}
+    links = shares.scenario.links
+    while climbing:
+        index = min(climbing, key=lambda i: (-links[i].rungs[rungs[i]].kl, i))
+        if rungs[index] + 1 == len(links[index].rungs) or not _fits(shares, base, _climbed(rungs, index), limits_s):
+            climbing.remove(index)
+        else:
+            rungs[index] += 1
+    if tuple(rungs) == base.rungs:
+        return base
+    return shares.allocate_within(base.cache, tuple(rungs), limits_s) or base
+
+
+def _climbed(rungs: list[int], index: int) -> tuple[int, ...]:
+    return (*rungs[:index], rungs[index] + 1, *rungs[index + 1 :])
+
+
+def _fits(shares: Shares, base: Allocation, rungs: tuple[int, ...], limits_s: Floats) -> bool:
+    rows = shares.rows(base.cache[None, :], rungs)
+    return bool(shares.rates(rows, float("inf"), limits_s)[1][0])
+
+
+def _limits(shares: Shares, base: Allocation) -> Floats:
+    """Per link, until when its receiver must have ended all its requests (the earliest limit of them)."""
+    scenario, prediction = shares.scenario, base.prediction
+    limit_s: dict[str, float] = {}
+    for terms, e2e_s in zip(scenario.requests, prediction.request_e2e_s, strict=True):
+        if terms.deadline_s is None:
+            own_s = prediction.e2e_s * (1 + scenario.tie_fraction)
+        else:
+            own_s = max(terms.deadline_s, e2e_s)
+        limit_s[terms.receiver] = min(own_s, limit_s.get(terms.receiver, float("inf")))
+    return np.array([limit_s[link.receiver] for link in scenario.links])

@@ -1,0 +1,247 @@
+"""One round: from a plan to orders, and from outcomes to its report. No I/O, no clock; times are passed in."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import msgspec
+
+from broker_config.messages import (
+    AnswerOrder,
+    AnswerOutcome,
+    Ask,
+    ContextInfo,
+    LinkReport,
+    Part,
+    PartOutcome,
+    RoundReport,
+    SendOrder,
+    SendOutcome,
+    Stages,
+    new_id,
+)
+from coordinator.policy import LinkPlan, RequestPlan
+
+LEAST_PART_TIMEOUT_S = 4.0
+PART_TIMEOUT_FACTOR = 3.0
+UNMEASURED_PART_TIMEOUT_S = 30.0
+"""A part is given up after PART_TIMEOUT_FACTOR times its predicted arrival; before anything is measured, after this."""
+
+SMALL_CHUNK_BYTES, LARGE_CHUNK_BYTES = 64 * 1024, 256 * 1024
+SLOW_LINK_BPS = 50e6
+"""Under it chunks are small: 256 KiB would hold a slow link for longer than anything else should wait."""
+
+EndOfRound = Literal["answered", "failed", "cancelled", "expired"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalSource:
+    """A context that the receiver holds itself: nothing travels."""
+
+    context: ContextInfo
+    pressure: float
+
+
+@dataclass(kw_only=True)
+class Round:
+    """A question under way. The service feeds it what arrives; `done` is set when the receiver has told the end."""
+
+    ask: Ask
+    policy: str
+    accepted_s: float
+    plan: RequestPlan | None
+    sources: tuple[LinkPlan | LocalSource, ...]
+    holders: Mapping[str, tuple[str, ...]]
+    transfers: tuple[str, ...] = ()
+    first_piece_s: float | None = None
+    answered_s: float | None = None
+    sends: dict[str, SendOutcome] = field(default_factory=dict)
+    answer: AnswerOutcome | None = None
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+    sent: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.transfers = tuple(new_id() for _ in self.sources)
+
+    @property
+    def agents(self) -> tuple[str, ...]:
+        """Everybody who has an order in this round."""
+        return tuple(dict.fromkeys((self.ask.receiver, *(link.sender for link in self.links))))
+
+    @property
+    def links(self) -> tuple[LinkPlan, ...]:
+        """The sources that travel."""
+        return tuple(source for source in self.sources if isinstance(source, LinkPlan))
+
+    def running_links(self) -> tuple[LinkPlan, ...]:
+        """Links whose transfer has not ended: what they occupy is not free."""
+        if self.answer is not None:
+            return ()
+        return tuple(
+            source
+            for source, transfer in zip(self.sources, self.transfers, strict=True)
+            if isinstance(source, LinkPlan) and transfer not in self.sends
+        )
+
+    def send_orders(self, expires_s: float) -> list[tuple[str, SendOrder]]:
+        """(agent, order) for every sender."""
+        return [
+            (
+                source.sender,
+                SendOrder(
+                    request=self.ask.request,
+                    transfer=transfer,
+                    context_id=source.context_id,
+                    receiver=self.ask.receiver,
+                    own_tokens=source.own_tokens,
+                    rung=source.rung,
+                    expires_s=expires_s,
+                    chunk_bytes=SMALL_CHUNK_BYTES if source.link_bps < SLOW_LINK_BPS else LARGE_CHUNK_BYTES,
+                    rate_bps=source.share_bps if self._shared() and source.share_bps > 0 else None,
+                ),
+            )
+            for source, transfer in zip(self.sources, self.transfers, strict=True)
+            if isinstance(source, LinkPlan)
+        ]
+
+    def answer_order(self, expires_s: float) -> AnswerOrder:
+        """The receiver's order."""
+        return AnswerOrder(
+            request=self.ask.request,
+            asker=self.ask.client,
+            question=self.ask.question,
+            parts=tuple(self._part(*pair) for pair in zip(self.sources, self.transfers, strict=True)),
+            part_timeout_s=min(expires_s, self.part_timeout_s()),
+            expires_s=expires_s,
+            max_new_tokens=self.ask.max_new_tokens,
+        )
+
+    def part_timeout_s(self) -> float:
+        """How long a part may take before its text is fetched instead."""
+        if any(not link.known for link in self.links):
+            return UNMEASURED_PART_TIMEOUT_S
+        latest_s = max((link.arrive_s for link in self.links), default=0.0)
+        return max(LEAST_PART_TIMEOUT_S, PART_TIMEOUT_FACTOR * latest_s)
+
+    def take_send(self, outcome: SendOutcome) -> None:
+        """A sender has ended one of this round's transfers (others, such as fetched texts, are not planned links)."""
+        if outcome.transfer in self.transfers:
+            self.sends[outcome.transfer] = outcome
+        if len(self.sends) == len(self.links):
+            self.sent.set()
+
+    def take_piece(self, now_s: float) -> None:
+        """A piece of the answer is here."""
+        self.first_piece_s = self.first_piece_s if self.first_piece_s is not None else now_s
+
+    def take_answer(self, outcome: AnswerOutcome, now_s: float) -> None:
+        """The receiver has ended."""
+        if self.answer is None:
+            self.answer, self.answered_s = outcome, now_s
+            self.done.set()
+
+    def report(self, state: Literal["planned"] | EndOfRound, reason: str = "") -> RoundReport:
+        """As things stand."""
+        answer = self.answer
+        plan = self.plan
+        parts = {part.transfer: part for part in answer.parts} if answer else {}
+        answered = state == "answered"
+        return RoundReport(
+            request=self.ask.request,
+            question=self.ask.question,
+            receiver=self.ask.receiver,
+            policy=self.policy,
+            state=state,
+            links=tuple(
+                _link_report(source, self.ask.receiver, self.sends.get(transfer), parts.get(transfer))
+                for source, transfer in zip(self.sources, self.transfers, strict=True)
+            ),
+            quality_floor=self.ask.quality_floor,
+            deadline_s=self.ask.deadline_s,
+            predicted_e2e_s=plan.predicted_e2e_s if plan else 0.0,
+            predicted_question_s=plan.predicted_question_s if plan else 0.0,
+            e2e_s=None if self.first_piece_s is None else self.first_piece_s - self.accepted_s,
+            total_s=None if self.answered_s is None else self.answered_s - self.accepted_s,
+            question_s=answer.question_s if answer and answered else None,
+            answer=answer.answer if answer else "",
+            answer_tokens=answer.answer_tokens if answer else 0,
+            fallbacks=sum(bool(part.fallback) for part in parts.values()),
+            reason=(reason or (answer.reason if answer else ""))[:1024],
+        )
+
+    def _part(self, source: LinkPlan | LocalSource, transfer: str) -> Part:
+        if isinstance(source, LocalSource):
+            context = source.context
+            return Part(
+                transfer=transfer,
+                sender=self.ask.receiver,
+                context_id=context.context_id,
+                tokens=context.tokens,
+                own_tokens=0,
+                rung="float32",
+            )
+        return Part(
+            transfer=transfer,
+            sender=source.sender,
+            context_id=source.context_id,
+            tokens=source.tokens,
+            own_tokens=source.own_tokens,
+            rung=source.rung,
+            text_holders=tuple(self.holders.get(source.context_id, ())),
+        )
+
+    def _shared(self) -> bool:
+        """Whether links of this round share a channel. One that has it to itself is not slowed to what was measured."""
+        return len(self.links) > 1
+
+
+def _link_report(
+    source: LinkPlan | LocalSource, receiver: str, send: SendOutcome | None, part: PartOutcome | None
+) -> LinkReport:
+    report = source.report() if isinstance(source, LinkPlan) else _local_report(source, receiver)
+    if send is None and part is None:
+        return report
+    failures: Sequence[str] = [
+        f"{who} {outcome.state}: {outcome.reason}"
+        for who, outcome in (("sender", send), ("receiver", part))
+        if outcome is not None and outcome.reason
+    ]
+    return msgspec.structs.replace(
+        report,
+        measured=Stages(
+            sender_prefill_s=send.prefill_s if send else 0.0,
+            encode_s=send.encode_s if send else 0.0,
+            transfer_s=send.transfer_s if send else part.receive_s if part else 0.0,
+            decode_s=part.decode_s if part else 0.0,
+            receiver_prefill_s=part.prefill_s if part else 0.0,
+        ),
+        payload_bytes=part.payload_bytes if part else None,
+        wire_bytes=send.wire_bytes if send else None,
+        fallback=part.fallback if part else "",
+        note="; ".join([report.note] * bool(report.note) + list(failures))[:1024],
+    )
+
+
+def _local_report(source: LocalSource, receiver: str) -> LinkReport:
+    context = source.context
+    return LinkReport(
+        sender=receiver,
+        context=context.name,
+        context_id=context.context_id,
+        tokens=context.tokens,
+        own_tokens=0,
+        medium="cache",
+        rung="float32",
+        link_bps=0.0,
+        share_bps=0.0,
+        sender_pressure=source.pressure,
+        receiver_pressure=source.pressure,
+        planned_bytes=0,
+        fp16_bytes=0,
+        text_bytes=0,
+        predicted=Stages(),
+        note="held by the receiver itself: nothing travels",
+    )

@@ -1,0 +1,184 @@
+"""`python -m scripts.demo`: the play on the stage, told as it goes."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from broker_config.errors import BusError
+from broker_config.messages import RoundReport
+from coordinator.errors import CoordinatorError
+from coordinator.show import outcome_lines, plan_lines, seconds, size
+from edge_agent.errors import AgentError
+from scripts.demo.processes import DemoFailed
+from scripts.demo.script import RECEIVER, SENDERS, Act, Question, acts
+from scripts.demo.stage import Stage, stage
+from scripts.prepare_model import default_bundle
+
+console = Console(highlight=False, soft_wrap=True, markup=False)
+POLICIES = ("jmsra", "token", "kv")
+"""The first is told in full; the others answer the same questions under the same links, memory and quality floor."""
+
+
+class Played(msgspec.Struct, frozen=True, kw_only=True):
+    """One question under one policy."""
+
+    act: str
+    policy: str
+    right: bool
+    report: RoundReport
+
+
+def main(
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave it running afterwards, to ask questions of your own.")
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything measured to this file.")] = None,
+) -> None:
+    """Three agents with a real model answer questions over shaped links: what travels, how big, how fast, how right."""
+    try:
+        asyncio.run(_run(keep, json_file))
+    except (DemoFailed, AgentError, BusError, CoordinatorError, OSError) as error:
+        console.print(f"demo: {error}")
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        console.print("stopped")
+        raise typer.Exit(130) from None
+
+
+async def _run(keep: bool, json_file: Path | None) -> None:
+    start = time.monotonic()
+    bundle = default_bundle()
+    play = acts()
+    with tempfile.TemporaryDirectory(prefix="kvbus-demo-") as temporary:
+        folder = Path(temporary)
+        console.print("starting an embedded broker, a coordinator, and agents pi-1, pi-2 and jetson-1 …")
+        async with stage(bundle, folder, play[0], lambda line: console.print(f"  {line}")) as running:
+            console.print(f"all ready after {time.monotonic() - start:.0f} s\n")
+            played: list[Played] = []
+            for policy in POLICIES:
+                played += await _play(running, play, policy, in_full=policy == POLICIES[0])
+                await running.empty()
+            console.print(_closing_table(played))
+            if json_file:
+                record = msgspec.json.format(msgspec.json.encode(_record(played, start)))
+                await asyncio.to_thread(json_file.write_bytes, record)
+                console.print(f"written to {json_file}")
+            console.print(f"{len(played)} questions in {time.monotonic() - start:.0f} s, start included")
+            if keep:
+                await _stay(running, folder)
+
+
+async def _play(running: Stage, play: tuple[Act, ...], policy: str, *, in_full: bool) -> list[Played]:
+    if not in_full:
+        console.print(f"the same questions under policy {policy}, same links, memory and quality floor:")
+    played: list[Played] = []
+    for act in play:
+        if in_full:
+            rates = ", ".join(f"{agent} {mbps:g}" for agent, mbps in act.rates_mbps.items())
+            console.print(f"── {act.title} (set: {rates} Mbit/s)")
+        await running.set_links(act)
+        if act.fill is not None:
+            await running.fill(act.fill)
+        played += [await _ask(running, act, question, policy, in_full=in_full) for question in act.questions]
+    console.print()
+    return played
+
+
+async def _ask(running: Stage, act: Act, question: Question, policy: str, *, in_full: bool) -> Played:
+    report = await running.client.ask(
+        question.question,
+        sources=[f"{agent}:{SENDERS[agent]}" for agent in question.sources],
+        receiver=RECEIVER,
+        policy=policy,
+        deadline_s=act.deadline_s,
+    )
+    running.programs.check()
+    played = Played(act=act.title, policy=policy, right=question.right(report.answer), report=report)
+    verdict = "right" if played.right else f"WRONG, expected {question.expected[0]}"
+    if report.state != "answered":
+        verdict = f"{report.state}: {report.reason}"
+    media = ", ".join(f"{link.sender} {_medium(link)}" for link in report.links)
+    if not in_full:
+        console.print(
+            f"  {seconds(report.e2e_s)} (predicted {report.predicted_e2e_s:.2f} s) {media}: "
+            f"{question.question} {report.answer!r} {verdict}"
+        )
+        return played
+    console.print(f"   {question.question}")
+    for line in (*plan_lines(report), *outcome_lines(report)):
+        console.print(f"      {line}")
+    console.print(f"      answer: {report.answer!r} ({verdict})")
+    return played
+
+
+def _medium(link: Any) -> str:
+    return "tokens" if link.medium == "tokens" else link.rung
+
+
+def _wire_bytes(report: RoundReport) -> int:
+    return sum(link.wire_bytes or 0 for link in report.links)
+
+
+def _closing_table(played: list[Played]) -> Table:
+    table = Table(title="by policy: the same questions, links, memory and quality floor")
+    for column in ("policy", "mean E2E", "worst E2E", "median prediction error", "on the wire", "right", "fallbacks"):
+        table.add_column(column, justify="left" if column == "policy" else "right")
+    for policy in POLICIES:
+        mine = [each for each in played if each.policy == policy]
+        e2e = [each.report.e2e_s for each in mine if each.report.e2e_s is not None]
+        errors = [
+            abs(each.report.predicted_e2e_s / each.report.e2e_s - 1) for each in mine if each.report.e2e_s is not None
+        ]
+        table.add_row(
+            policy,
+            seconds(statistics.mean(e2e)),
+            seconds(max(e2e)),
+            f"{statistics.median(errors):.0%}",
+            size(sum(_wire_bytes(each.report) for each in mine)),
+            f"{sum(each.right for each in mine)} of {len(mine)}",
+            str(sum(each.report.fallbacks for each in mine)),
+        )
+    return table
+
+
+def _record(played: list[Played], start: float) -> dict[str, Any]:
+    packages = ("kvbus", "onnxruntime", "numpy", "aiomqtt", "amqtt")
+    return {
+        "command": " ".join(["python -m scripts.demo", *sys.argv[1:]]),
+        "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "system": platform.platform(terse=True)},
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in packages},
+        "seconds": time.monotonic() - start,
+        "questions": played,
+    }
+
+
+async def _stay(running: Stage, folder: Path) -> None:
+    console.print(
+        "\nstill running; in another terminal, for example:\n"
+        f"  .venv/bin/coordinator status -c {folder / 'coordinator.toml'}\n"
+        f'  .venv/bin/coordinator ask "How deep is the well?" --from pi-2 --to {RECEIVER} '
+        f"-c {folder / 'coordinator.toml'}\n"
+        f"logs are in {folder}; Ctrl-C ends it"
+    )
+    while True:
+        running.programs.check()
+        await asyncio.sleep(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

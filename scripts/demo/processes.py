@@ -1,0 +1,91 @@
+"""The demo's processes: started with logs of their own, watched, and always ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+GRACE_S = 5.0
+LINES_SHOWN = 5
+
+
+class DemoFailed(Exception):
+    """The demo can't go on; str() is what a person reads."""
+
+
+@dataclass
+class Processes:
+    """Started programs, by name."""
+
+    folder: Path
+    running: dict[str, asyncio.subprocess.Process] = field(default_factory=dict)
+
+    async def start(self, name: str, arguments: Sequence[str]) -> None:
+        """Run `python -m …` in a process group of its own, its output in NAME.log."""
+        with (self.folder / f"{name}.log").open("wb") as log:
+            self.running[name] = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                *arguments,
+                stdout=log,
+                stderr=log,
+                stdin=asyncio.subprocess.DEVNULL,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                start_new_session=True,
+            )
+
+    def check(self) -> None:
+        """Raise DemoFailed if one has ended, with the last lines it wrote."""
+        for name, process in self.running.items():
+            if process.returncode is not None:
+                raise DemoFailed(f"{name} ended with status {process.returncode}:\n{self.last_lines(name)}")
+
+    def last_lines(self, name: str) -> str:
+        """The end of a program's log, indented."""
+        lines = (self.folder / f"{name}.log").read_text(errors="replace").splitlines()
+        return "\n".join(f"    {line}" for line in lines[-LINES_SHOWN:])
+
+    async def stop(self) -> None:
+        """End all of them: asked first, then killed."""
+        for process in self.running.values():
+            _signal(process, signal.SIGTERM)
+        try:
+            async with asyncio.timeout(GRACE_S):
+                await asyncio.gather(*(process.wait() for process in self.running.values()))
+        except TimeoutError:
+            for process in self.running.values():
+                _signal(process, signal.SIGKILL)
+            await asyncio.gather(*(process.wait() for process in self.running.values()))
+        self.running.clear()
+
+
+@asynccontextmanager
+async def processes(folder: Path) -> AsyncIterator[Processes]:
+    """Processes that do not outlive the block, however it is left."""
+    started = Processes(folder)
+    try:
+        yield started
+    finally:
+        await asyncio.shield(started.stop())
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)

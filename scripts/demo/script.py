@@ -1,0 +1,95 @@
+"""What the demo asks, and under which links: the play, apart from the stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+DOCUMENTS = Path(__file__).parent / "documents"
+SENDERS = {"pi-1": "site-north", "pi-2": "site-south"}
+RECEIVER = "jetson-1"
+AGENTS = (*SENDERS, RECEIVER)
+
+FILLED = "pi-2"
+"""The agent whose cache budget is filled while the demo runs."""
+CACHE_BUDGET_MB = 72.0
+MEGABIT = 1e6
+
+
+class Question(Struct, frozen=True, kw_only=True):
+    """A question about the documents; the answer is right if it holds one of `expected` (lower case)."""
+
+    question: str
+    sources: Annotated[tuple[str, ...], Meta(min_length=1)]
+    expected: Annotated[tuple[str, ...], Meta(min_length=1)]
+
+    def right(self, answer: str) -> bool:
+        """Whether an answer holds the expected fact."""
+        return any(fact in answer.lower() for fact in self.expected)
+
+
+class Act(Struct, frozen=True, kw_only=True):
+    """Questions under one state of links and memory.
+
+    rates_mbps: each agent's access link, both directions. fill: raise the memory pressure of FILLED to this first.
+    """
+
+    title: str
+    rates_mbps: dict[str, float]
+    questions: tuple[Question, ...]
+    fill: float | None = None
+    deadline_s: float | None = None
+
+
+def acts() -> tuple[Act, ...]:
+    """Eight questions, from links on which tokens win to links on which caches do, then a filling memory."""
+    path = DOCUMENTS / "questions.json"
+    asked = msgspec.json.decode(path.read_bytes(), type=tuple[Question, ...])
+    one, two = [q for q in asked if len(q.sources) == 1], [q for q in asked if len(q.sources) > 1]
+    memory = next(q for q in one if q.sources == (FILLED,))
+    fast = {"pi-1": 120.0, "pi-2": 120.0, RECEIVER: 200.0}
+    return (
+        Act(
+            title="slow links: tokens are faster",
+            rates_mbps={"pi-1": 4.0, "pi-2": 6.0, RECEIVER: 10.0},
+            questions=(one[0], one[3], two[0]),
+        ),
+        Act(
+            title="one link gets fast: the medium differs by link",
+            rates_mbps={"pi-1": 120.0, "pi-2": 5.0, RECEIVER: 200.0},
+            questions=(one[1], two[1]),
+        ),
+        Act(title="fast links: caches are faster", rates_mbps=fast, questions=(one[2], one[4], two[2])),
+        Act(
+            title=f"the same links and a deadline of 3 s, to be spent on quality; {FILLED}'s memory is free",
+            rates_mbps=fast,
+            questions=(memory,),
+            deadline_s=3.0,
+        ),
+        Act(
+            title=f"pages fill {FILLED}'s memory past 0.70: at most 9 bits an element",
+            rates_mbps=fast,
+            questions=(memory,),
+            fill=0.70,
+            deadline_s=3.0,
+        ),
+        Act(
+            title="more pages, past 0.80: at most 6.5 bits an element",
+            rates_mbps=fast,
+            questions=(memory,),
+            fill=0.80,
+            deadline_s=3.0,
+        ),
+    )
+
+
+def pages() -> list[tuple[str, str]]:
+    """(name, text) of the sections of the pages, in order: what fills a memory."""
+    sections = []
+    for path in sorted((DOCUMENTS / "pages").glob("*.txt")):
+        paragraphs = [text for text in path.read_text(encoding="utf-8").split("\n\n") if text.strip()]
+        sections += [(f"{path.stem}-{number}", text) for number, text in enumerate(paragraphs, 1)]
+    return sections

@@ -1,0 +1,159 @@
+"""The stage: broker, coordinator, three agents, each behind a link of its own, and what can be done to them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+from broker_config.messages import Telemetry
+from broker_config.settings import BrokerSettings
+from coordinator.client import Client
+from coordinator.fleet import Fleet
+from scripts.demo.processes import DemoFailed, Processes, free_port, processes
+from scripts.demo.script import AGENTS, CACHE_BUDGET_MB, DOCUMENTS, FILLED, MEGABIT, SENDERS, Act, pages
+from scripts.link import Bucket, EmulatedLink
+
+SITE = "demo"
+DELAY_S = 0.005
+START_TIMEOUT_S = 120.0
+LINK_TIMEOUT_S = 12.0
+CLOSE_ENOUGH = 0.25
+"""A measured rate this near to the set one is taken as settled."""
+
+Say = Callable[[str], None]
+
+
+class Stage:
+    """Everything that runs."""
+
+    def __init__(self, *, client: Client, links: dict[str, EmulatedLink], programs: Processes) -> None:
+        self.client, self.links, self.programs = client, links, programs
+        self._given: list[str] = []
+
+    async def set_links(self, act: Act) -> None:
+        """Change the links' rates and wait until the agents have noticed."""
+        for agent, mbps in act.rates_mbps.items():
+            self.links[agent].set_rate(mbps * MEGABIT, mbps * MEGABIT)
+        try:
+            async with asyncio.timeout(LINK_TIMEOUT_S):
+                for agent, mbps in act.rates_mbps.items():
+                    while not _noticed(await self.telemetry(agent), mbps):
+                        self.programs.check()
+        except TimeoutError:
+            return  # planned from what is measured, as always; the report shows both
+
+    async def fill(self, pressure: float) -> None:
+        """Give pages to FILLED until its memory pressure is there."""
+        for name, text in pages():
+            if (await self.telemetry(FILLED)).memory.pressure >= pressure:
+                return
+            if name in self._given:
+                continue
+            await self.client.give(FILLED, name, text)
+            self._given.append(name)
+            await self._until_cached(FILLED, name)
+        raise DemoFailed(f"all pages given, and {FILLED}'s memory pressure is still below {pressure:.2f}")
+
+    async def empty(self) -> None:
+        """Take the pages away again."""
+        while self._given:
+            await self.client.remove(FILLED, self._given.pop())
+
+    async def telemetry(self, agent: str) -> Telemetry:
+        """The agent's newest report, waited for."""
+        fleet = await self.client.fleet(settle_s=0.6)
+        state = fleet.agents.get(agent)
+        if state is None or state.telemetry is None:
+            self.programs.check()
+            raise DemoFailed(f"{agent} is not reporting:\n{self.programs.last_lines(agent)}")
+        return state.telemetry
+
+    async def _until_cached(self, agent: str, name: str) -> None:
+        async with asyncio.timeout(START_TIMEOUT_S):
+            while not any(info.name == name and info.cached for info in (await self.telemetry(agent)).contexts):
+                self.programs.check()
+
+
+@asynccontextmanager
+async def stage(bundle: Path, folder: Path, act: Act, say: Say) -> AsyncIterator[Stage]:
+    """Broker, coordinator and agents, all ready: models loaded, documents cached, links measured."""
+    async with AsyncExitStack() as stack:
+        programs = await stack.enter_async_context(processes(folder))
+        port = free_port()
+        await programs.start("broker", ["coordinator.cli", "broker", "--port", str(port)])
+        settings = BrokerSettings(port=port, backoff_first_s=0.1, backoff_cap_s=0.5)
+        configuration = folder / "coordinator.toml"
+        configuration.write_text(
+            f'site = "{SITE}"\nstate_folder = "{folder}"\n[broker]\nport = {port}\nbackoff_cap_s = 0.5\n'
+        )
+        await programs.start("coordinator", ["coordinator.cli", "run", "--config", str(configuration)])
+        links = {}
+        for agent in AGENTS:
+            rate = act.rates_mbps[agent] * MEGABIT
+            link = EmulatedLink(
+                broker_host="127.0.0.1",
+                broker_port=port,
+                uplink=Bucket(rate),
+                downlink=Bucket(rate),
+                uplink_delay_s=DELAY_S,
+                downlink_delay_s=DELAY_S,
+            )
+            links[agent] = await stack.enter_async_context(link)
+            path = folder / f"{agent}.toml"
+            path.write_text(_agent_toml(agent, bundle, folder, link.port))
+            await programs.start(agent, ["edge_agent.cli", "run", str(path), "--plain"])
+        client = await stack.enter_async_context(Client(broker=settings, site=SITE))
+        await _until_ready(client, programs, say)
+        yield Stage(client=client, links=links, programs=programs)
+
+
+async def _until_ready(client: Client, programs: Processes, say: Say) -> None:
+    said = ""
+    try:
+        async with asyncio.timeout(START_TIMEOUT_S):
+            while True:
+                programs.check()
+                fleet = await client.fleet(settle_s=0.6)
+                waiting = [f"{agent} ({what})" for agent in AGENTS if (what := _missing(fleet, agent))]
+                if not waiting:
+                    return
+                if said != (said := "waiting for " + ", ".join(waiting)):
+                    say(said)
+    except TimeoutError:
+        raise DemoFailed(f"not ready after {START_TIMEOUT_S:.0f} s: {said}") from None
+
+
+def _missing(fleet: Fleet, agent: str) -> str:
+    """What an agent still lacks, or nothing."""
+    state = fleet.agents.get(agent)
+    if state is None or state.telemetry is None or state.model is None:
+        return "loads its model"
+    telemetry = state.telemetry
+    if agent in SENDERS and not any(info.cached for info in telemetry.contexts):
+        return "reads its document"
+    if telemetry.link.uplink_bps is None or telemetry.link.downlink_bps is None:
+        return "measures its link"
+    return ""
+
+
+def _noticed(telemetry: Telemetry, mbps: float) -> bool:
+    measured = (telemetry.link.uplink_bps, telemetry.link.downlink_bps)
+    return all(bps is not None and abs(bps / (mbps * MEGABIT) - 1) < CLOSE_ENOUGH for bps in measured)
+
+
+def _agent_toml(agent: str, bundle: Path, folder: Path, port: int) -> str:
+    contexts = ""
+    if agent in SENDERS:
+        own = folder / f"{agent}-documents"
+        own.mkdir()
+        text = (DOCUMENTS / f"{SENDERS[agent]}.txt").read_text(encoding="utf-8")
+        (own / f"{SENDERS[agent]}.txt").write_text(text, encoding="utf-8")
+        contexts = f'contexts_folder = "{own}"\n'
+    return (
+        f'agent = "{agent}"\nsite = "{SITE}"\nbundle = "{bundle}"\n{contexts}'
+        f"[broker]\nport = {port}\nbackoff_cap_s = 0.5\n"
+        f"[memory]\ncache_budget_mb = {CACHE_BUDGET_MB}\n"
+        "[telemetry]\ninterval_s = 0.5\nprobe_interval_s = 0.3\n"
+    )

@@ -1,0 +1,165 @@
+"""A link's rate over time, read from a CSV file: `time_s,bandwidth_bps` and, where known, `rtt_ms,rssi_dbm,loss`."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from scripts.link.errors import TraceInvalid
+
+if TYPE_CHECKING:
+    from scripts.link.emulated import EmulatedLink
+
+Direction = Literal["both", "uplink", "downlink"]
+
+_REQUIRED = ("time_s", "bandwidth_bps")
+_RANGES = {
+    "time_s": (0.0, math.inf),
+    "bandwidth_bps": (0.0, math.inf),
+    "rtt_ms": (0.0, math.inf),
+    "rssi_dbm": (-200.0, 100.0),
+    "loss": (0.0, 1.0),
+}
+_GRID_TOLERANCE = 0.01
+_LONE_STEP_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What the link was like from `time_s` on. None where the source did not say; loss is a fraction."""
+
+    time_s: float
+    bandwidth_bps: float
+    rtt_s: float | None = None
+    rssi_dbm: float | None = None
+    loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Samples on a regular grid that starts at 0, at least one. After the end it starts again, or holds the last."""
+
+    samples: tuple[Sample, ...]
+    step_s: float
+    loop: bool = True
+
+    @property
+    def duration_s(self) -> float:
+        """The end of the last sample."""
+        return self.samples[-1].time_s + self.step_s
+
+    def at(self, time_s: float) -> Sample:
+        """The sample in force at a time. Raises ValueError if it is negative or not finite."""
+        if not math.isfinite(time_s) or time_s < 0:
+            raise ValueError(f"a trace has no time {time_s} s")
+        if self.loop:
+            time_s %= self.duration_s
+        return self.samples[bisect_right(self.samples, time_s, key=lambda sample: sample.time_s) - 1]
+
+    def steps(self) -> Iterator[tuple[float, Sample]]:
+        """Every sample with the time it comes into force; without an end if the trace loops."""
+        lap = 0
+        while True:
+            for sample in self.samples:
+                yield lap * self.duration_s + sample.time_s, sample
+            if not self.loop:
+                return
+            lap += 1
+
+
+def read_trace(path: Path, *, loop: bool = True) -> Trace:
+    """Read a trace. Raises TraceInvalid, which names the file and the line."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [(number, row) for number, row in enumerate(csv.reader(file), start=1) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise TraceInvalid(path, 0, f"can't be read: {why}") from error
+    if not rows:
+        raise TraceInvalid(path, 0, "is empty; it must begin with the line time_s,bandwidth_bps")
+    columns = _columns(path, rows[0][1])
+    samples = tuple(_sample(path, number, columns, row) for number, row in rows[1:])
+    if not samples:
+        raise TraceInvalid(path, 0, "has a header and no rows")
+    return Trace(samples, _step_s(path, [number for number, _ in rows[1:]], samples), loop)
+
+
+async def follow(link: EmulatedLink, trace: Trace, *, direction: Direction = "both") -> None:
+    """Drive a link from a trace: its rate and, where the trace has a round trip, half of that as delay each way.
+
+    Loss is not replayed: TCP hides it, and the rate was measured with it. Returns after the last sample came into
+    force, never if the trace loops.
+    """
+    loop = asyncio.get_running_loop()
+    start_s = loop.time()
+    for time_s, sample in trace.steps():
+        await asyncio.sleep(start_s + time_s - loop.time())
+        rate_bps = sample.bandwidth_bps
+        link.set_rate(
+            rate_bps if direction != "downlink" else None,
+            rate_bps if direction != "uplink" else None,
+        )
+        if sample.rtt_s is not None:
+            link.set_delay(sample.rtt_s / 2)
+
+
+def _columns(path: Path, header: Sequence[str]) -> list[str]:
+    columns = [name.strip() for name in header]
+    for name in columns:
+        if name not in _RANGES:
+            raise TraceInvalid(path, 1, f"unknown column {name!r}; known are {', '.join(_RANGES)}")
+    for name in _REQUIRED:
+        if name not in columns:
+            raise TraceInvalid(path, 1, f"the column {name} is missing")
+    if len(set(columns)) < len(columns):
+        raise TraceInvalid(path, 1, "a column stands there twice")
+    return columns
+
+
+def _sample(path: Path, line: int, columns: Sequence[str], row: Sequence[str]) -> Sample:
+    if len(row) != len(columns):
+        raise TraceInvalid(path, line, f"{len(row)} fields, the header has {len(columns)}")
+    values = {name: _number(path, line, name, text) for name, text in zip(columns, row, strict=True)}
+    return Sample(
+        time_s=values["time_s"],
+        bandwidth_bps=values["bandwidth_bps"],
+        rtt_s=_seconds(values),
+        rssi_dbm=values.get("rssi_dbm"),
+        loss=values.get("loss"),
+    )
+
+
+def _seconds(values: Mapping[str, float]) -> float | None:
+    return values["rtt_ms"] / 1000 if "rtt_ms" in values else None
+
+
+def _number(path: Path, line: int, name: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise TraceInvalid(path, line, f"{name} is {text!r}, not a number") from None
+    low, high = _RANGES[name]
+    if not math.isfinite(value) or not low <= value <= high:
+        allowed = f"{low:g} or more" if math.isinf(high) else f"{low:g} to {high:g}"
+        raise TraceInvalid(path, line, f"{name} is {text.strip()}; allowed is {allowed}")
+    return value
+
+
+def _step_s(path: Path, lines: Sequence[int], samples: Sequence[Sample]) -> float:
+    """The step of the grid, after checking that the times are one."""
+    times_s = [sample.time_s for sample in samples]
+    if times_s[0] != 0:
+        raise TraceInvalid(path, lines[0], f"time_s starts at {times_s[0]:g}, not at 0")
+    if len(times_s) == 1:
+        return _LONE_STEP_S
+    step_s = times_s[1]
+    for index, line in enumerate(lines[1:], start=1):
+        if step_s <= 0 or abs(times_s[index] - times_s[index - 1] - step_s) > _GRID_TOLERANCE * step_s:
+            raise TraceInvalid(path, line, f"time_s {times_s[index]:g} is not one step after {times_s[index - 1]:g}")
+    return step_s

@@ -1,0 +1,224 @@
+"""The part of a preparation that needs torch, in a process of its own: its gigabytes are given back when it ends.
+
+`python -m scripts.prepare_model.worker JOB` reads a Job, says one JSON event per line on standard output, and writes
+everything that its libraries print to standard error. It ends when its standard input closes, so that it never
+outlives the process that started it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import msgspec
+from msgspec import Struct
+
+from scripts.prepare_model.architecture import Architecture, describe, refuse_if_unsuitable
+from scripts.prepare_model.errors import (
+    DiskFull,
+    ExportFailed,
+    ModelRefused,
+    PreparationError,
+    is_disk_full,
+)
+from scripts.prepare_model.identity import tokenizer_digest
+
+_CHECK_TOKENS = 160
+
+
+class Job(Struct, frozen=True, kw_only=True):
+    """What the worker is to do. scratch: a directory of its own; into: where the bundle's files go."""
+
+    name: str
+    gguf: str | None = None
+    directory: str | None = None
+    scratch: str
+    into: str
+    check_text: str
+    samples: int = 0
+    sample_tokens: int = 150
+    seed: int = 0
+
+
+class Exported(Struct, frozen=True, kw_only=True, tag="exported"):
+    """What the worker found."""
+
+    fingerprint: str
+    tokenizer: str
+    architecture: Architecture
+    check: str
+    samples: tuple[str, ...]
+
+
+class Stage(Struct, frozen=True, kw_only=True, tag="stage"):
+    """A stage begins."""
+
+    title: str
+
+
+class Failed(Struct, frozen=True, kw_only=True, tag="failed"):
+    """The worker gave up. kind: the name of the error's class."""
+
+    kind: str
+    message: str
+
+
+Event = Exported | Stage | Failed
+
+
+def run_worker(job: Job, log: Path, on_stage: Callable[[str], None]) -> Exported:
+    """Start the worker and follow it to its end. Raises PreparationError; what the libraries said is in `log`."""
+    path = Path(job.scratch) / "job.json"
+    path.write_bytes(msgspec.json.encode(job))
+    environment = {
+        **os.environ,
+        "TMPDIR": job.scratch,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",  # torch's threads would spin against whatever else runs here
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    command = [sys.executable, "-W", "ignore", "-m", "scripts.prepare_model.worker", str(path)]
+    with (
+        log.open("wb") as log_file,
+        subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log_file,
+            env=environment,
+            start_new_session=True,
+        ) as process,
+    ):
+        try:
+            outcome = _follow(process, on_stage)
+        finally:
+            if process.poll() is None and sys.exc_info()[0] is not None:
+                process.kill()
+    if isinstance(outcome, Exported):
+        return outcome
+    raise _as_error(outcome, process.returncode, log, Path(job.scratch))
+
+
+def _follow(process: subprocess.Popen[bytes], on_stage: Callable[[str], None]) -> Exported | Failed | None:
+    outcome: Exported | Failed | None = None
+    for line in process.stdout or ():
+        event = msgspec.json.decode(line, type=Event)
+        if isinstance(event, Stage):
+            on_stage(event.title)
+        else:
+            outcome = event
+    return outcome
+
+
+def _as_error(failed: Failed | None, code: int, log: Path, scratch: Path) -> PreparationError:
+    said = log.read_text(errors="replace").strip() if log.exists() else ""
+    if failed is None:
+        if "no space left on device" in said.lower():
+            return DiskFull("the export", scratch)
+        why = "was killed (out of memory?)" if code < 0 else f"ended with code {code}"
+        return ExportFailed(
+            f"the export process {why}; its last words: {said.splitlines()[-1][:200] if said else 'none'}"
+        )
+    if failed.kind == DiskFull.__name__:
+        return DiskFull(failed.message, scratch)
+    kinds = {kind.__name__: kind for kind in (ModelRefused, ExportFailed)}
+    return kinds.get(failed.kind, PreparationError)(failed.message)
+
+
+def work(job: Job, say: Callable[[Event], None]) -> Exported:
+    """Load, identify, export, check and sample. Raises PreparationError."""
+    say(Stage(title="load torch and transformers"))
+    import tokenizers  # noqa: PLC0415
+
+    from scripts.prepare_model import export  # noqa: PLC0415
+
+    directory = Path(job.directory) if job.directory else Path(job.scratch) / "source"
+    if job.gguf:
+        say(Stage(title="unpack the weights"))
+        export.from_gguf(Path(job.gguf), directory)
+    refuse_if_unsuitable(directory, job.name)
+    say(Stage(title="identify the model"))
+    model = export.load(directory)
+    tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    architecture = describe(model, tokenizer)
+    digest = tokenizer_digest(directory / "tokenizer.json")
+    ids = tokenizer.encode(job.check_text, add_special_tokens=False).ids[:_CHECK_TOKENS]
+    export.check_rotation(model, ids, architecture)
+    fingerprint = export.fingerprint(model, architecture, digest)
+    say(Stage(title="export to ONNX"))
+    export.export(directory, Path(job.scratch) / "onnx")
+    for path in sorted((Path(job.scratch) / "onnx").glob("model.onnx*")):
+        path.rename(Path(job.into) / path.name)
+    shutil.copyfile(directory / "tokenizer.json", Path(job.into) / "tokenizer.json")
+    say(Stage(title="compare with the source"))
+    graph = export.Graph(Path(job.into) / export.MODEL_FILE, architecture)
+    check = export.check_export(model, graph, ids)
+    samples: tuple[str, ...] = ()
+    if job.samples:
+        say(Stage(title="sample calibration text"))
+        drawn = export.sample(
+            graph,
+            _first_id(model, tokenizer),
+            list(architecture.eos_ids),
+            count=job.samples,
+            tokens=job.sample_tokens,
+            seed=job.seed,
+        )
+        texts = (tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in drawn)
+        samples = tuple(text for text in texts if text)
+    return Exported(
+        fingerprint=fingerprint, tokenizer=digest, architecture=architecture, check=str(check), samples=samples
+    )
+
+
+def _first_id(model: Any, tokenizer: Any) -> int:
+    """The id after which a text of the model's own begins."""
+    candidates = (tokenizer.token_to_id("<|endoftext|>"), model.config.bos_token_id, model.config.eos_token_id)
+    return next((token for token in candidates if isinstance(token, int)), 0)
+
+
+def _main(path: str) -> int:
+    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
+    events = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever libraries print goes to the log
+
+    def say(event: Event) -> None:
+        _write(events, event)
+
+    job = msgspec.json.decode(Path(path).read_bytes(), type=Job)
+    try:
+        say(work(job, say))
+    except Exception as error:
+        if is_disk_full(error):
+            say(Failed(kind=DiskFull.__name__, message=f"the export of {job.name}"))
+        elif isinstance(error, PreparationError):
+            say(Failed(kind=type(error).__name__, message=str(error)))
+        else:
+            say(Failed(kind=ExportFailed.__name__, message=f"{job.name}: {type(error).__name__}: {_first_line(error)}"))
+        raise
+    return 0
+
+
+def _write(stream: TextIO, event: Event) -> None:
+    stream.write(msgspec.json.encode(event).decode() + "\n")
+    stream.flush()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0][:300]
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1]))

@@ -1,0 +1,26 @@
+"""Models for all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edge_agent.errors import BundleInvalid
+from scripts.prepare_model import default_bundle
+from tests import tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle() -> Path:
+    """A random Llama of 3 layers with 2 KV heads of 16, window 1,024, as a bundle."""
+    return tiny.tiny_bundle()
+
+
+@pytest.fixture(scope="session")
+def bundle() -> Path:
+    """The real SmolLM2 bundle. Mark tests that ask for it with `bundle`."""
+    try:
+        return default_bundle()
+    except BundleInvalid as error:
+        pytest.fail(f"{error} (or leave these tests out with -m 'not bundle')")

@@ -1,0 +1,169 @@
+"""From a fleet to a scenario: what is refused, what is noted, and that no order matters that should not."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from broker_config.messages import Ask, LinkQuality, Telemetry
+from coordinator.errors import AgentOffline, ContextAmbiguous, ModelsDiffer, RequestImpossible
+from coordinator.fleet import Channel
+from coordinator.policy import POLICIES, PlanRequest, build_scenario
+from coordinator.policy.scenario import LEAST_FREE
+from tests.coordinator.builders import MODEL, context, fleet_of, instance, telemetry
+
+CELL = Channel("cell", ("pi-1", "pi-2", "pi-3"))
+OTHER_MODEL = msgspec.structs.replace(MODEL, name="gemma-3-270m", fingerprint="d" * 32)
+
+
+def agents() -> list[Telemetry]:
+    return [
+        telemetry("pi-1", contexts=[context("report", 900)]),
+        telemetry("pi-2", contexts=[context("log", 300, cached=False), context("map", 120)]),
+        telemetry("pi-3", contexts=[context("plan", 600)], pressure=0.75),
+        telemetry("rx-1"),
+        telemetry("rx-2"),
+    ]
+
+
+def ask(*sources: str, receiver: str = "rx-1", floor: float = 0.02, deadline_s: float | None = None) -> PlanRequest:
+    return PlanRequest(
+        request=instance(1),
+        sources=sources,
+        receiver=receiver,
+        question_tokens=20,
+        quality_floor=floor,
+        deadline_s=deadline_s,
+    )
+
+
+def test_a_scenario_holds_every_source_in_the_order_of_the_request() -> None:
+    scenario = build_scenario(fleet_of(*agents()), [ask("pi-3", "pi-2:log", "pi-1")], [CELL], {"cell": 0.5}, 1.0)
+    assert [(link.sender, link.context, link.tokens, link.cached) for link in scenario.links] == [
+        ("pi-3", "plan", 600, True),
+        ("pi-2", "log", 300, False),
+        ("pi-1", "report", 900, True),
+    ]
+    assert scenario.airtime_free == {"cell": 0.5}
+    assert scenario.known
+    assert [rung.name for rung in scenario.links[0].rungs] == ["int4", "int6", "int8"]
+
+
+@settings(max_examples=25)
+@given(st.permutations(range(5)))
+def test_the_plan_does_not_depend_on_the_order_in_which_agents_appeared(order: list[int]) -> None:
+    requests = [ask("pi-1", "pi-2:log", "pi-3"), ask("pi-2:map", "pi-1", receiver="rx-2")]
+    known = agents()
+    expected = build_scenario(fleet_of(*known), requests, [CELL])
+    scenario = build_scenario(fleet_of(*(known[index] for index in order)), requests, [CELL])
+    assert scenario == expected
+    assert POLICIES["jmsra"].plan(scenario) == POLICIES["jmsra"].plan(expected)
+
+
+def test_the_plan_does_not_depend_on_the_order_of_channels() -> None:
+    site = Channel("site", ("pi-1", "rx-1"))
+    fleet = fleet_of(*agents())
+    one, other = (build_scenario(fleet, [ask("pi-1", "pi-3")], order) for order in ([CELL, site], [site, CELL]))
+    assert one == other
+
+
+def test_memory_pressure_of_either_end_counts() -> None:
+    fleet = fleet_of(telemetry("pi-1", contexts=[context()]), telemetry("rx-1", pressure=0.93))
+    link = build_scenario(fleet, [ask("pi-1")]).links[0]
+    assert [rung.name for rung in link.rungs] == ["int4"]
+    assert (link.sender_pressure, link.receiver_pressure) == (0.3, 0.93)
+    squeezed = build_scenario(fleet, [ask("pi-1", floor=0.005)]).links[0]
+    assert squeezed.note == "no rung keeps KL 0.005 under memory pressure 0.93: sent as text"
+
+
+def test_a_quality_floor_of_zero_leaves_only_the_lossless_rung() -> None:
+    link = build_scenario(fleet_of(*agents()), [ask("pi-1", floor=0.0)]).links[0]
+    assert [rung.name for rung in link.rungs] == ["lossless"]
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize(
+    ("sender", "note"),
+    [
+        (telemetry("pi-1", link=LinkQuality(), contexts=[context()]), "link not measured yet: sent as text"),
+        (telemetry("pi-1", link=LinkQuality(uplink_bps=0.0, downlink_bps=1.0), contexts=[context()]), "link not"),
+        (telemetry("pi-1", speed=None, contexts=[context()]), "speed of pi-1 not measured yet: sent as text"),
+    ],
+)
+def test_what_was_not_measured_goes_as_text_with_a_note_and_the_plan_says_unknown(
+    policy: str, sender: Telemetry, note: str
+) -> None:
+    fleet = fleet_of(sender, telemetry("pi-2", contexts=[context("log")]), telemetry("rx-1"))
+    plan = POLICIES[policy].plan(build_scenario(fleet, [ask("pi-1", "pi-2")]))
+    assert plan.links[0].medium == "tokens"
+    assert plan.links[0].note.startswith(note)
+    assert [plan.known, plan.links[0].known, plan.links[1].known] == [False, False, True]
+
+
+def test_a_receiver_without_speed_gets_text() -> None:
+    fleet = fleet_of(telemetry("pi-1", contexts=[context()]), telemetry("rx-1", speed=None))
+    plan = POLICIES["kv"].plan(build_scenario(fleet, [ask("pi-1")]))
+    assert plan.links[0].note == "speed of rx-1 not measured yet: sent as text"
+    assert plan.predicted_question_s == 0
+    assert not plan.known
+
+
+def test_caches_made_after_another_prompt_prefix_are_not_sent() -> None:
+    other = msgspec.structs.replace(MODEL, prefix="e" * 32)
+    fleet = fleet_of(*agents(), models={"pi-1": other})
+    link = build_scenario(fleet, [ask("pi-1")]).links[0]
+    assert (link.rungs, link.note) == ((), "prompt prefixes differ: sent as text")
+
+
+def test_different_models_are_refused() -> None:
+    fleet = fleet_of(*agents(), models={"pi-1": OTHER_MODEL})
+    with pytest.raises(ModelsDiffer, match=r"pi-1 \(gemma-3-270m\) and rx-1 .* alignment is not built yet"):
+        build_scenario(fleet, [ask("pi-1")])
+
+
+@pytest.mark.parametrize(
+    ("request_", "why"),
+    [
+        (ask(), "it names no source"),
+        (ask("pi-1", "pi-1:report"), "it names pi-1:report twice"),
+        (PlanRequest(request=instance(1), sources=("pi-1",), receiver="rx-1", question_tokens=8_000), "8900 tokens"),
+    ],
+)
+def test_a_request_that_cannot_be_carried_out_is_refused_with_the_reason(request_: PlanRequest, why: str) -> None:
+    with pytest.raises(RequestImpossible, match=why):
+        build_scenario(fleet_of(*agents()), [request_])
+
+
+def test_an_agent_without_a_model_cannot_take_part() -> None:
+    with pytest.raises(RequestImpossible, match="rx-1 has not said which model it runs"):
+        build_scenario(fleet_of(*agents(), models={"rx-1": None}), [ask("pi-1")])
+
+
+def test_sources_and_receivers_that_are_not_there_are_refused() -> None:
+    with pytest.raises(AgentOffline):
+        build_scenario(fleet_of(*agents()), [ask("pi-1")], now_s=30.0)
+    with pytest.raises(ContextAmbiguous, match="name one, such as pi-2:log"):
+        build_scenario(fleet_of(*agents()), [ask("pi-2")])
+
+
+def test_a_full_channel_is_planned_as_if_a_little_were_free() -> None:
+    scenario = build_scenario(fleet_of(*agents()), [ask("pi-1")], [CELL], {"cell": -0.1, "other": 3.0})
+    assert scenario.airtime_free == {"cell": LEAST_FREE, "other": 1.0}
+
+
+def test_a_deadline_and_the_length_of_the_question_come_from_the_message() -> None:
+    message = Ask(
+        request=instance(7),
+        client="cli-1",
+        question="Where is it?",
+        sources=("pi-1",),
+        receiver="rx-1",
+        deadline_s=9.0,
+        quality_floor=0.01,
+    )
+    request = PlanRequest.of(message)
+    assert (request.question_tokens, request.deadline_s, request.quality_floor) == (15, 9.0, 0.01)
+    plan = POLICIES["jmsra"].plan(build_scenario(fleet_of(*agents()), [request]))
+    assert plan.requests[0].deadline_s == 9.0

@@ -1,0 +1,92 @@
+"""Caches made up for tests, and strategies for them."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import strategies as st
+
+from edge_agent.kv.cache import Cache, Layer
+from edge_agent.kv.payload import Header, Shape, pack_ids
+from edge_agent.kv.reader import Expectation
+from edge_agent.kv.recipe import Recipe
+
+FINGERPRINT, TOKENIZER, PREFIX, CONTEXT = "a" * 32, "b" * 32, "c" * 32, "d" * 32
+
+
+def made_up(
+    *, layers: int = 2, heads: int = 2, entries: int = 5, dim: int = 4, seed: int = 0, scale: float = 1.0
+) -> Cache:
+    """Random entries at positions 0 … entries-1."""
+    rng = np.random.default_rng(seed)
+    shape = (heads, entries, dim)
+    positions = np.arange(entries, dtype=np.int32)
+    return Cache(
+        tuple(
+            Layer(
+                (scale * rng.standard_normal(shape)).astype(np.float32),
+                (scale * rng.standard_normal(shape)).astype(np.float32),
+                positions,
+            )
+            for _ in range(layers)
+        )
+    )
+
+
+def header_for(cache: Cache, rung: Recipe, *, own: int = 0, slice_tokens: int | None = None) -> Header:
+    """A header under which `cache` can be sent, its first `own` tokens as ids."""
+    heads, tokens, dim = cache.layers[0].keys.shape
+    return Header(
+        fingerprint=FINGERPRINT,
+        tokenizer=TOKENIZER,
+        weight_precision="fp32",
+        context_id=CONTEXT,
+        prefix=PREFIX,
+        shape=Shape(
+            layers=len(cache.layers), kv_heads=heads, head_dim=dim, sent_layers=tuple(range(len(cache.layers)))
+        ),
+        codec=rung.codec,
+        bits=rung.bits,
+        rung=rung.name,
+        slice_tokens=slice_tokens or rung.slice_tokens,
+        tokens=tokens,
+        id_bytes=2,
+        own_ids=pack_ids(list(range(own)), 2),
+    )
+
+
+def expectation_for(cache: Cache, **changes: object) -> Expectation:
+    """What a receiver expects that can use `cache`."""
+    heads, _, dim = cache.layers[0].keys.shape
+    fields: dict[str, object] = {
+        "fingerprint": FINGERPRINT,
+        "tokenizer": TOKENIZER,
+        "prefix": PREFIX,
+        "layers": len(cache.layers),
+        "kv_heads": heads,
+        "head_dim": dim,
+        "vocabulary": 1_000,
+        "window_tokens": 4_096,
+        "limit_bytes": 1 << 30,
+    }
+    return Expectation(**(fields | changes))  # type: ignore[arg-type]
+
+
+def equal(one: Cache, other: Cache) -> bool:
+    """The same entries, bit for bit."""
+    return len(one.layers) == len(other.layers) and all(
+        np.array_equal(a.keys, b.keys)
+        and np.array_equal(a.values, b.values)
+        and np.array_equal(a.positions, b.positions)
+        for a, b in zip(one.layers, other.layers, strict=True)
+    )
+
+
+shapes = st.fixed_dictionaries(
+    {
+        "layers": st.integers(1, 3),
+        "heads": st.integers(1, 3),
+        "entries": st.integers(1, 20),
+        "dim": st.sampled_from([2, 4, 6]),
+        "seed": st.integers(0, 2**16),
+    }
+)

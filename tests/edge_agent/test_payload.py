@@ -1,0 +1,202 @@
+"""A payload carries a cache whole, and whatever is wrong with it is refused by name before anything is allocated."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+
+import msgpack
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_agent.errors import CacheInvalid, PayloadRejected, RecipeInvalid, WrongModel
+from edge_agent.kv.cache import Cache, Layer
+from edge_agent.kv.payload import MAGIC, encode
+from edge_agent.kv.reader import PayloadReader, decode
+from edge_agent.kv.recipe import FIRST_LADDER, recipe
+from tests.edge_agent.caches import equal, expectation_for, header_for, made_up, shapes
+
+names = st.sampled_from([rung.name for rung in FIRST_LADDER] + ["q1", "q3", "q5"])
+
+
+def payload(cache: Cache, name: str = "q8", **options: int) -> bytes:
+    rung = recipe(name)
+    return b"".join(encode(header_for(cache, rung, **options), cache, rung))
+
+
+@given(shapes, st.integers(1, 7), st.data())
+def test_the_lossless_rung_brings_the_very_cache(shape: dict[str, int], slice_tokens: int, data: st.DataObject) -> None:
+    cache = made_up(**shape)
+    own = data.draw(st.integers(0, shape["entries"]))
+    header, back = decode(payload(cache, "float32", own=own, slice_tokens=slice_tokens), expectation_for(cache))
+    assert header.ids() == list(range(own))
+    if own == shape["entries"]:
+        assert back is None
+    else:
+        assert back is not None
+        assert equal(back, cache.between(own, shape["entries"]))
+
+
+@given(shapes, names, st.integers(1, 7))
+def test_the_size_is_known_before_anything_is_coded(shape: dict[str, int], name: str, slice_tokens: int) -> None:
+    cache = made_up(**shape)
+    rung = recipe(name)
+    header = header_for(cache, rung, slice_tokens=slice_tokens)
+    assert header.payload_bytes() == len(b"".join(encode(header, cache, rung)))
+
+
+@given(shapes, names, st.data())
+def test_it_can_be_read_in_any_pieces(shape: dict[str, int], name: str, data: st.DataObject) -> None:
+    cache = made_up(**shape)
+    whole = payload(cache, name, slice_tokens=3)
+    reader, at = PayloadReader(expectation_for(cache)), 0
+    while at < len(whole):
+        step = data.draw(st.integers(1, max(1, len(whole) // 3)))
+        reader.feed(whole[at : at + step])
+        at += step
+    again = decode(whole, expectation_for(cache))[1]
+    got = reader.finish()
+    assert got is not None
+    assert again is not None
+    assert equal(got, again)
+
+
+@given(shapes, st.integers(1, 8))
+def test_quantized_entries_are_within_half_a_step(shape: dict[str, int], bits: int) -> None:
+    cache = made_up(**shape)
+    back = decode(payload(cache, f"q{bits}"), expectation_for(cache))[1]
+    assert back is not None
+    for old, new in zip(cache.layers, back.layers, strict=True):
+        for x, y in ((old.keys, new.keys), (old.values, new.values)):
+            assert np.abs(x - y).max() <= (x.max() - x.min()) / (2**bits - 1) / 2 * 1.0001 + 1e-6
+
+
+@settings(max_examples=300)
+@given(names, st.data())
+def test_a_truncated_payload_is_never_taken_for_a_whole_one(name: str, data: st.DataObject) -> None:
+    cache = made_up()
+    whole = payload(cache, name, slice_tokens=2)
+    cut = data.draw(st.integers(0, len(whole) - 1))
+    with pytest.raises(PayloadRejected):
+        decode(whole[:cut], expectation_for(cache))
+
+
+@settings(max_examples=500)
+@given(names, st.data())
+def test_a_flipped_bit_is_refused(name: str, data: st.DataObject) -> None:
+    cache = made_up()
+    whole = bytearray(payload(cache, name, slice_tokens=2))
+    position = data.draw(st.integers(0, 8 * len(whole) - 1))
+    whole[position // 8] ^= 1 << position % 8
+    with pytest.raises(PayloadRejected):
+        decode(bytes(whole), expectation_for(cache))
+
+
+@settings(max_examples=200)
+@given(st.binary(max_size=400))
+def test_noise_is_refused_without_a_crash(noise: bytes) -> None:
+    for data in (noise, MAGIC + noise, MAGIC + struct.pack("<I", len(noise)) + noise):
+        with pytest.raises(PayloadRejected):
+            decode(data, expectation_for(made_up()))
+
+
+def test_bytes_after_the_trailer_are_refused() -> None:
+    cache = made_up()
+    with pytest.raises(PayloadRejected, match="follow it"):
+        decode(payload(cache) + b"x", expectation_for(cache))
+
+
+def test_another_models_cache_is_refused_by_name() -> None:
+    cache = made_up()
+    with pytest.raises(WrongModel, match="fingerprint"):
+        decode(payload(cache), expectation_for(cache, fingerprint="9" * 32))
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("tokenizer", {"tokenizer": "9" * 32}),
+        ("prefix", {"prefix": "9" * 32}),
+        ("shape", {"layers": 5}),
+        ("tokens", {"window_tokens": 3}),
+        ("size", {"limit_bytes": 100}),
+        ("own_ids", {"vocabulary": 1}),
+    ],
+)
+def test_what_does_not_fit_the_receiver_is_refused_by_field(field: str, change: dict[str, object]) -> None:
+    cache = made_up()
+    with pytest.raises(PayloadRejected) as caught:
+        decode(payload(cache, own=2), expectation_for(cache, **change))
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("format_version", {"format_version": 2}),
+        ("bits", {"bits": 9}),
+        ("bits", {"codec": "fp16", "bits": 32}),
+        ("header", {"codec": "pickle"}),
+        ("transform", {"transform": "klt-1"}),
+        ("header", {"tokens": -1}),
+        ("own_ids", {"own_ids": b"abc"}),
+        ("own_ids", {"own_ids": b"ab" * 40}),
+        ("header", {"shape": {"layers": 2**40, "kv_heads": 2, "head_dim": 4, "sent_layers": []}}),
+        ("sent_layers", {"shape": {"layers": 2, "kv_heads": 2, "head_dim": 4, "sent_layers": [1, 0]}}),
+    ],
+)
+def test_a_header_that_lies_is_refused_by_field(field: str, change: dict[str, object]) -> None:
+    cache = made_up()
+    fields = msgspec.to_builtins(header_for(cache, recipe("q8")), builtin_types=(bytes,)) | change
+    packed = msgpack.packb(fields)
+    reader = PayloadReader(expectation_for(cache))
+    with pytest.raises(PayloadRejected) as caught:
+        reader.feed(MAGIC + struct.pack("<I", len(packed)) + packed + hashlib.blake2b(packed, digest_size=16).digest())
+    assert caught.value.field == field
+
+
+def test_a_declared_size_is_refused_before_it_is_there() -> None:
+    reader = PayloadReader(expectation_for(made_up()))
+    with pytest.raises(PayloadRejected, match="above the limit"):
+        reader.feed(MAGIC + struct.pack("<I", 2**31))
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["float32", "fp16", "q4"])
+def test_a_nan_in_a_cache_is_not_sent(poison: float, name: str) -> None:
+    cache = made_up()
+    cache.layers[1].values[0, 0, 0] = poison
+    with pytest.raises(CacheInvalid, match="NaN or an infinity"):
+        payload(cache, name)
+
+
+def test_what_fp16_cannot_hold_is_not_sent_as_fp16() -> None:
+    with pytest.raises(CacheInvalid, match="fp16"):
+        payload(made_up(scale=1e6), "fp16")
+
+
+def test_a_cache_with_missing_entries_is_not_sent() -> None:
+    cache = made_up(entries=5)
+    short = Cache((cache.layers[0], cache.layers[1].between(0, 3)))
+    with pytest.raises(CacheInvalid, match="layer 1 has"):
+        payload(short)
+
+
+def test_a_layer_that_is_not_sent_has_no_entries_at_the_receiver() -> None:
+    cache, rung = made_up(layers=3), recipe("float32")
+    header = header_for(cache, rung)
+    header = msgspec.structs.replace(header, shape=msgspec.structs.replace(header.shape, sent_layers=(0, 2)))
+    back = decode(b"".join(encode(header, cache, rung)), expectation_for(cache))[1]
+    assert back is not None
+    assert [layer.entries for layer in back.layers] == [5, 0, 5]
+    assert equal(Cache((back.layers[0], back.layers[2])), Cache((cache.layers[0], cache.layers[2])))
+    assert isinstance(back.layers[1], Layer)
+
+
+@pytest.mark.parametrize("name", ["q0", "q9", "q99", "fp8", "Q4", ""])
+def test_an_unknown_rung_is_refused(name: str) -> None:
+    with pytest.raises(RecipeInvalid):
+        recipe(name)

@@ -1,0 +1,62 @@
+"""An event loop whose clock jumps to the next timer: hours of waiting in milliseconds, and the same every time."""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class _JumpingSelector(selectors.BaseSelector):
+    """Asks the real selector without waiting, and moves the clock by what would have been waited."""
+
+    def __init__(self, advance: Callable[[float], None]) -> None:
+        self._real, self._advance = selectors.DefaultSelector(), advance
+
+    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        return self._real.register(fileobj, events, data)
+
+    def unregister(self, fileobj: Any) -> selectors.SelectorKey:
+        return self._real.unregister(fileobj)
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = self._real.select(0)
+        if not ready:
+            if timeout is None:
+                raise RuntimeError("everything waits, and no timer will ever end it")
+            self._advance(timeout)
+        return ready
+
+    def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
+        return self._real.get_map()
+
+    def close(self) -> None:
+        self._real.close()
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """Its time() starts at 0 and passes only while everybody waits."""
+
+    def __init__(self) -> None:
+        self._now_s = 0.0
+        super().__init__(_JumpingSelector(self._advance))
+
+    def time(self) -> float:
+        return self._now_s
+
+    def _advance(self, seconds: float) -> None:
+        self._now_s += max(seconds, 1e-9)
+
+
+def run_virtual(main: Coroutine[Any, Any, T], *, limit_s: float = 3_600.0) -> T:
+    """Run to the end in virtual time. Raises TimeoutError after limit_s virtual seconds."""
+
+    async def limited() -> T:
+        async with asyncio.timeout(limit_s):
+            return await main
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        return runner.run(limited())
