@@ -32,7 +32,6 @@ def render(host: str, port: int, users: Path | None, persistence_dir: Path | Non
         *([f"allow_anonymous false\npassword_file {users.absolute()}"] if users else ["allow_anonymous true"]),
         "",
         f"max_packet_size {MAX_PACKET_BYTES}",
-        f"message_size_limit {MAX_PACKET_BYTES}",
         "max_inflight_messages 20",
         "# 0 is no limit by number: bytes are what fills the memory",
         "max_queued_messages 0",
@@ -45,6 +44,7 @@ def render(host: str, port: int, users: Path | None, persistence_dir: Path | Non
         "log_type error",
         "log_type warning",
         "log_type notice",
+        "log_type information",
         *([f"user {run_as}"] if run_as else []),
     ]
     return "\n".join(lines) + "\n"

@@ -90,10 +90,10 @@ BULK: Topic[Bulk] = Topic(
 )
 ACKS: Topic[Ack] = Topic(pattern="kvbus/{site}/acks/{sender}/{receiver}", message=Ack, qos=0)
 PROBES: Topic[Probe] = Topic(
-    pattern="kvbus/{site}/probes/{agent}", message=Probe, max_bytes=258 * KIBI, connection="bulk"
+    pattern="kvbus/{site}/probes/{agent}", message=Probe, max_bytes=1026 * KIBI, connection="bulk"
 )
 PROBE_SINK: Topic[Probe] = Topic(
-    pattern="kvbus/{site}/probes/{agent}/sink", message=Probe, max_bytes=258 * KIBI, connection="bulk"
+    pattern="kvbus/{site}/probes/{agent}/sink", message=Probe, max_bytes=1026 * KIBI, connection="bulk"
 )
 REQUESTS: Topic[CoordinatorRequest] = Topic(
     pattern="kvbus/{site}/coordinator/requests", message=CoordinatorRequest, max_bytes=1100 * KIBI

@@ -20,13 +20,13 @@ from pathlib import Path
 from broker_config import topics
 from broker_config.bus import Bus
 from broker_config.errors import BusError
-from broker_config.messages import MAX_CHUNK_BYTES, LinkQuality, Probe
+from broker_config.messages import MAX_PROBE_BYTES, LinkQuality, Probe
 
 log = logging.getLogger(__name__)
 
 PROBE_TARGET_S = 0.05
 SMALLEST_PROBE_BYTES = 8 * 1024
-LARGEST_PROBE_BYTES = MAX_CHUNK_BYTES - 1024
+LARGEST_PROBE_BYTES = MAX_PROBE_BYTES
 PROBE_TIMEOUT_S = 8.0
 QUIET_S = 0.3
 """After a transfer the link is left alone for so long before it is probed."""

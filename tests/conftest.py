@@ -18,6 +18,12 @@ def tiny_bundle() -> Path:
 
 
 @pytest.fixture(scope="session")
+def other_tiny_bundle() -> Path:
+    """Another random Llama of the same shape: same tokenizer, other weights."""
+    return tiny.tiny_bundle(seed=tiny.SEED + 1)
+
+
+@pytest.fixture(scope="session")
 def bundle() -> Path:
     """The real SmolLM2 bundle. Mark tests that ask for it with `bundle`."""
     try:

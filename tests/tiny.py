@@ -19,7 +19,7 @@ from scripts.prepare_model.calibration import SHIPPED
 LAYERS, KV_HEADS, QUERY_HEADS, HEAD_DIM, VOCABULARY, WINDOW_TOKENS = 3, 2, 4, 16, 512, 1024
 SEED = 7
 
-_KEPT = 3
+_KEPT = 4
 _ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -62,15 +62,17 @@ def write_model(directory: Path, *, seed: int = SEED) -> None:
     shutil.copy(SHIPPED / "incidents.md", directory / "texts")
 
 
-def tiny_source() -> Path:
+def tiny_source(seed: int = SEED) -> Path:
     """The tiny model's directory, kept in the cache for each version of the code that makes it."""
     home = cache_root() / "tests"
-    target = home / f"tiny-{_code_digest()}" / "tiny"
+    target = home / f"tiny-{_code_digest()}-{seed}" / "tiny"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as scratch:
             made = Path(scratch) / "tiny"
-            subprocess.run([sys.executable, "-W", "ignore", "-m", "tests.tiny", str(made)], check=True, cwd=_ROOT)
+            subprocess.run(
+                [sys.executable, "-W", "ignore", "-m", "tests.tiny", str(made), str(seed)], check=True, cwd=_ROOT
+            )
             if not target.exists():  # another worker may have been faster
                 made.rename(target)
         for old in sorted(home.glob("tiny-*"), key=lambda path: path.stat().st_mtime)[:-_KEPT]:
@@ -78,9 +80,9 @@ def tiny_source() -> Path:
     return target
 
 
-def tiny_bundle() -> Path:
+def tiny_bundle(seed: int = SEED) -> Path:
     """The tiny model's bundle, made by the same code as the real one. About 20 s the first time."""
-    source = tiny_source()
+    source = tiny_source(seed)
     return prepare(str(source), texts=source / "texts", root=source.parent).path
 
 
@@ -94,4 +96,4 @@ def _code_digest() -> str:
 
 
 if __name__ == "__main__":
-    write_model(Path(sys.argv[1]))
+    write_model(Path(sys.argv[1]), seed=int(sys.argv[2]))

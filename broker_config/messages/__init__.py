@@ -11,7 +11,7 @@ from broker_config.messages.agents import (
     Telemetry,
 )
 from broker_config.messages.base import PROTOCOL_VERSION, Message, new_id
-from broker_config.messages.bulk import MAX_CHUNK_BYTES, Abort, Ack, Bulk, Chunk, Open, Probe
+from broker_config.messages.bulk import MAX_CHUNK_BYTES, MAX_PROBE_BYTES, Abort, Ack, Bulk, Chunk, Open, Probe
 from broker_config.messages.orders import (
     AddContext,
     AnswerOrder,
@@ -51,6 +51,7 @@ from broker_config.messages.rounds import (
 __all__ = [
     "DEFAULT_QUALITY_FLOOR",
     "MAX_CHUNK_BYTES",
+    "MAX_PROBE_BYTES",
     "PROTOCOL_VERSION",
     "Abort",
     "Ack",

@@ -10,6 +10,8 @@ from broker_config.messages.base import AgentId, Bytes, Count, Id, Message, Reas
 from broker_config.messages.orders import EndState
 
 MAX_CHUNK_BYTES = 262_144
+MAX_PROBE_BYTES = 1_048_576
+"""Larger than a chunk, so that what a shaper lets through in one burst is a small part of it."""
 
 ChunkIndex = Annotated[int, Meta(ge=0, le=2**24)]
 
@@ -67,4 +69,4 @@ class Probe(Message, frozen=True, kw_only=True, tag="probe"):
     """An agent sends it to itself over its bulk connection to measure its access link."""
 
     sequence: Count
-    padding: Annotated[bytes, Meta(max_length=MAX_CHUNK_BYTES)] = b""
+    padding: Annotated[bytes, Meta(max_length=MAX_PROBE_BYTES)] = b""

@@ -76,8 +76,8 @@ class AnswerText:
 
     @property
     def answer(self) -> str:
-        """The answer so far, stripped."""
-        return self._until_stop()[0].strip()
+        """The answer so far, stripped, without an unfinished character at its end."""
+        return self._until_stop()[0].rstrip("\ufffd").strip()
 
     def take(self, token: int) -> str:
         """Take the next id; the text that is new and certain (an unfinished character waits). Sets `finished`."""

@@ -30,11 +30,13 @@ class Processes:
 
     async def start(self, name: str, arguments: Sequence[str]) -> None:
         """Run `python -m …` in a process group of its own, its output in NAME.log."""
-        with (self.folder / f"{name}.log").open("wb") as log:
+        await self.start_program(name, [sys.executable, "-m", *arguments])
+
+    async def start_program(self, name: str, command: Sequence[str]) -> None:
+        """Run any command so; the log of an earlier one of that name is continued."""
+        with (self.folder / f"{name}.log").open("ab") as log:
             self.running[name] = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                *arguments,
+                *command,
                 stdout=log,
                 stderr=log,
                 stdin=asyncio.subprocess.DEVNULL,

