@@ -56,6 +56,7 @@ class Agent:
         self._tasks = Tasks()
         self._started = time.monotonic()
         self._sequence = 0
+        self._announced = False
         self._note = ""
 
     async def run(self) -> None:
@@ -152,11 +153,15 @@ class Agent:
             log.warning("reply to %s: %s", order.client, failed)
 
     def _someone(self, presence: Presence, _: Mapping[str, str]) -> None:
-        """Somebody's presence under our own id: another running agent, if it is online."""
-        if presence.state == "online" and presence.instance != self._instance:
-            self._note = (
-                f"another agent with id {self._name} was seen (instance {presence.instance}); ids must be unique"
-            )
+        """A presence under our own id. Once our own has come back, another instance's means another running agent.
+
+        (Before that it is what an earlier run left retained. The other's "offline" counts too: two with one id cut
+        each other off, and all that is ever seen of the other may be its will.)
+        """
+        if presence.instance == self._instance:
+            self._announced = True
+        elif self._announced and not self._note:
+            self._note = f"another agent with id {self._name} is running (instance {presence.instance}); rename one"
             log.error("%s", self._note)
 
     async def _report(self, control: Bus) -> None:

@@ -24,7 +24,7 @@ from broker_config.messages import MAX_PROBE_BYTES, LinkQuality, Probe
 
 log = logging.getLogger(__name__)
 
-PROBE_TARGET_S = 0.05
+PROBE_TARGET_S = 0.1
 SMALLEST_PROBE_BYTES = 8 * 1024
 LARGEST_PROBE_BYTES = MAX_PROBE_BYTES
 PROBE_TIMEOUT_S = 8.0

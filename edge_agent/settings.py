@@ -39,7 +39,7 @@ class TelemetrySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     interval_s: Annotated[float, Meta(title="time between two reports", extra={"unit": "s"}, ge=0.1, le=60)] = 1.0
     probe_interval_s: Annotated[
         float, Meta(title="time between two probes of the link", extra={"unit": "s"}, ge=0.1, le=3_600)
-    ] = 2.0
+    ] = 3.0
 
 
 class AgentSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

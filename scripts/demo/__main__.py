@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import logging
 import os
 import platform
 import statistics
@@ -49,6 +50,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything measured to this file.")] = None,
 ) -> None:
     """Three agents with a real model answer questions over shaped links: what travels, how big, how fast, how right."""
+    logging.getLogger().addHandler(logging.NullHandler())  # what matters is printed
     try:
         asyncio.run(_run(keep, json_file))
     except (DemoFailed, AgentError, BusError, CoordinatorError, OSError) as error:

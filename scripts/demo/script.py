@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,8 @@ FILLED = "pi-2"
 """The agent whose cache budget is filled while the demo runs."""
 CACHE_BUDGET_MB = 72.0
 MEGABIT = 1e6
+SECTION_WORDS = 90
+"""Small enough that a memory fills in steps of a few per cent."""
 
 
 class Question(Struct, frozen=True, kw_only=True):
@@ -87,9 +90,14 @@ def acts() -> tuple[Act, ...]:
 
 
 def pages() -> list[tuple[str, str]]:
-    """(name, text) of the sections of the pages, in order: what fills a memory."""
+    """(name, text) of the sections of the pages, in order: what fills a memory. A section is whole sentences."""
     sections = []
     for path in sorted((DOCUMENTS / "pages").glob("*.txt")):
-        paragraphs = [text for text in path.read_text(encoding="utf-8").split("\n\n") if text.strip()]
-        sections += [(f"{path.stem}-{number}", text) for number, text in enumerate(paragraphs, 1)]
+        words: list[str] = []
+        number = 1
+        for sentence in re.split(r"(?<=[.!?])\s+", path.read_text(encoding="utf-8").strip()):
+            words += sentence.split()
+            if len(words) >= SECTION_WORDS:
+                sections.append((f"{path.stem}-{number}", " ".join(words)))
+                words, number = [], number + 1
     return sections

@@ -12,7 +12,7 @@ from broker_config.settings import BrokerSettings
 from coordinator.client import Client
 from coordinator.fleet import Fleet
 from scripts.demo.processes import DemoFailed, Processes, free_port, processes
-from scripts.demo.script import AGENTS, CACHE_BUDGET_MB, DOCUMENTS, FILLED, MEGABIT, SENDERS, Act, pages
+from scripts.demo.script import AGENTS, CACHE_BUDGET_MB, DOCUMENTS, FILLED, MEGABIT, RECEIVER, SENDERS, Act, pages
 from scripts.link import Bucket, EmulatedLink
 
 SITE = "demo"
@@ -88,6 +88,7 @@ async def stage(bundle: Path, folder: Path, act: Act, say: Say) -> AsyncIterator
         configuration.write_text(
             f'site = "{SITE}"\nstate_folder = "{folder}"\n[broker]\nport = {port}\nbackoff_cap_s = 0.5\n'
         )
+        await _until_listening(port, programs)
         await programs.start("coordinator", ["coordinator.cli", "run", "--config", str(configuration)])
         links = {}
         for agent in AGENTS:
@@ -103,20 +104,35 @@ async def stage(bundle: Path, folder: Path, act: Act, say: Say) -> AsyncIterator
             links[agent] = await stack.enter_async_context(link)
             path = folder / f"{agent}.toml"
             path.write_text(_agent_toml(agent, bundle, folder, link.port))
-            await programs.start(agent, ["edge_agent.cli", "run", str(path), "--plain"])
         client = await stack.enter_async_context(Client(broker=settings, site=SITE))
-        await _until_ready(client, programs, say)
+        for group in (tuple(SENDERS), (RECEIVER,)):  # not all at once: they measure their own speed as they start
+            for agent in group:
+                await programs.start(agent, ["edge_agent.cli", "run", str(folder / f"{agent}.toml"), "--plain"])
+            await _until_ready(client, programs, group, say)
         yield Stage(client=client, links=links, programs=programs)
 
 
-async def _until_ready(client: Client, programs: Processes, say: Say) -> None:
+async def _until_listening(port: int, programs: Processes) -> None:
+    async with asyncio.timeout(START_TIMEOUT_S):
+        while True:
+            programs.check()
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+            except OSError:
+                await asyncio.sleep(0.05)
+            else:
+                writer.close()
+                return
+
+
+async def _until_ready(client: Client, programs: Processes, agents: tuple[str, ...], say: Say) -> None:
     said = ""
     try:
         async with asyncio.timeout(START_TIMEOUT_S):
             while True:
                 programs.check()
                 fleet = await client.fleet(settle_s=0.6)
-                waiting = [f"{agent} ({what})" for agent in AGENTS if (what := _missing(fleet, agent))]
+                waiting = [f"{agent} ({what})" for agent in agents if (what := _missing(fleet, agent))]
                 if not waiting:
                     return
                 if said != (said := "waiting for " + ", ".join(waiting)):

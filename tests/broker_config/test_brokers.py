@@ -163,11 +163,31 @@ async def test_a_broker_that_is_not_there_yet_is_waited_for(stack: AsyncExitStac
     await recorder.until(_cancel("y"))
 
 
+async def _impostor(stack: AsyncExitStack, answer: bytes) -> int:
+    """A server that gives this answer to the first bytes and is silent then; returns its port."""
+    serving: set[asyncio.Task[None] | None] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        serving.add(asyncio.current_task())
+        await reader.read(100)
+        writer.write(answer)
+        await reader.read()
+        writer.close()
+        await writer.wait_closed()
+
+    server = await asyncio.start_server(serve, HOST, 0)
+
+    async def stop() -> None:
+        server.close()
+        await asyncio.gather(*(task for task in serving if task is not None), return_exceptions=True)
+
+    stack.push_async_callback(stop)
+    return int(server.sockets[0].getsockname()[1])
+
+
 async def test_a_broker_that_does_not_answer_is_named(stack: AsyncExitStack) -> None:
-    server = await asyncio.start_server(lambda *_: None, HOST, 0)
-    stack.push_async_callback(server.wait_closed)
-    stack.callback(server.close)
-    settings = BrokerSettings(port=server.sockets[0].getsockname()[1], connect_timeout_s=0.1, backoff_first_s=0.05)
+    port = await _impostor(stack, b"")
+    settings = BrokerSettings(port=port, connect_timeout_s=0.1, backoff_first_s=0.05)
     async with MqttBus(settings=settings, site=SITE, client_id="one") as bus:
         with pytest.raises(BrokerUnreachable, match="accepted the connection but did not answer"):
             await bus.connected(0.5)
@@ -384,16 +404,8 @@ async def test_a_transfer_goes_on_when_the_broker_was_killed(broker: RealBroker,
 
 
 async def test_a_publish_without_an_answer_times_out(stack: AsyncExitStack) -> None:
-    async def deaf(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read(100)
-        writer.write(b"\x20\x02\x00\x00")
-        await reader.read()
-        writer.close()
-
-    server = await asyncio.start_server(deaf, HOST, 0)
-    stack.push_async_callback(server.wait_closed)
-    stack.callback(server.close)
-    bus = await _connected(stack, server.sockets[0].getsockname()[1], "one", publish_timeout_s=0.2)
+    port = await _impostor(stack, b"\x20\x02\x00\x00")
+    bus = await _connected(stack, port, "one", publish_timeout_s=0.2)
     with pytest.raises(PublishTimeout, match=r"a message on kvbus/home/agents/pi-1/orders within 0\.2 s"):
         await bus.publish(ORDERS, _cancel("x"), agent="pi-1")
 
