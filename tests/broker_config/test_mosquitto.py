@@ -51,7 +51,7 @@ def test_the_configuration_asks_for_passwords_where_there_are_users(tmp_path: Pa
     assert "listener 1884 192.168.1.4" in text
     assert f"allow_anonymous false\npassword_file {users}" in text
     assert f"persistence_location {tmp_path}/" in text
-    assert "autosave_on_changes true\nautosave_interval 1" in text
+    assert "autosave_on_changes false\nautosave_interval 1" in text
 
 
 def test_the_configuration_is_open_on_loopback_only() -> None:
