@@ -8,7 +8,9 @@ print(report.answer, report.e2e_s)
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from types import TracebackType
 
 from broker_config import topics
@@ -167,22 +169,23 @@ class Client:
         """Have an agent forget a context. What it holds then. Raises RequestRefused, RequestTimeout."""
         return await self._order(agent, RemoveContext(correlation=new_id(), client=self._name, name=name))
 
+    @asynccontextmanager
+    async def watch(self) -> AsyncIterator[Watch]:
+        """The site's agents, live, inside the block."""
+        watch = Watch()
+        presence = await self._bus.subscribe(topics.PRESENCE, watch.take)
+        telemetry = await self._bus.subscribe(topics.TELEMETRY, watch.take)
+        try:
+            yield watch
+        finally:
+            await presence.close()
+            await telemetry.close()
+
     async def fleet(self, settle_s: float = SETTLE_S) -> Fleet:
-        """The site's agents, as they present themselves (seen at time 0 of `Fleet`'s clock)."""
-        fleet = Fleet()
-
-        def take(event: Presence | Telemetry, _: Mapping[str, str]) -> None:
-            nonlocal fleet
-            fleet = apply(fleet, event, 0.0)
-
-        subscriptions = [
-            await self._bus.subscribe(topics.PRESENCE, take),
-            await self._bus.subscribe(topics.TELEMETRY, take),
-        ]
-        await asyncio.sleep(settle_s)
-        for subscription in subscriptions:
-            await subscription.close()
-        return fleet
+        """The site's agents as they present themselves now; what is retained is here after settle_s."""
+        async with self.watch() as watch:
+            await asyncio.sleep(settle_s)
+            return watch.fleet
 
     async def _order(self, agent: str, order: AddContext | RemoveContext | ListContexts) -> tuple[ContextInfo, ...]:
         reply = await request(
@@ -196,6 +199,26 @@ class Client:
             timeout_s=REPLY_TIMEOUT_S,
         )
         return _contexts(reply)
+
+
+class Watch:
+    """A live picture of the agents. `fleet` is the newest; times in it are of time.monotonic()."""
+
+    def __init__(self) -> None:
+        self.fleet = Fleet()
+        self._news = asyncio.Event()
+
+    def take(self, event: Presence | Telemetry, _: Mapping[str, str]) -> None:
+        """An agent reported."""
+        self.fleet = apply(self.fleet, event, time.monotonic())
+        self._news.set()
+
+    async def until(self, holds: Callable[[Fleet], bool]) -> Fleet:
+        """Wait until the picture is so; whoever calls sets the time limit."""
+        while not holds(self.fleet):
+            self._news.clear()
+            await self._news.wait()
+        return self.fleet
 
 
 def ask(

@@ -94,7 +94,7 @@ def fleet_table(fleet: Fleet) -> Table:
         table.add_column(column)
     for agent, state in sorted(fleet.agents.items()):
         telemetry, model = state.telemetry, state.model
-        online = fleet.online(agent, 0.0)
+        online = fleet.online(agent, state.last_seen_s)
         if telemetry is None or not online:
             table.add_row(agent, "offline", model.name if model else "–", *["–"] * 5)
             continue

@@ -70,10 +70,7 @@ async def _run(keep: bool, json_file: Path | None) -> None:
         console.print("starting an embedded broker, a coordinator, and agents pi-1, pi-2 and jetson-1 …")
         async with stage(bundle, folder, play[0], lambda line: console.print(f"  {line}")) as running:
             console.print(f"all ready after {time.monotonic() - start:.0f} s\n")
-            played: list[Played] = []
-            for policy in POLICIES:
-                played += await _play(running, play, policy, in_full=policy == POLICIES[0])
-                await running.empty()
+            played = [each for act in play for each in await _play(running, act)]
             console.print(_closing_table(played))
             if json_file:
                 record = msgspec.json.format(msgspec.json.encode(_record(played, start)))
@@ -84,23 +81,23 @@ async def _run(keep: bool, json_file: Path | None) -> None:
                 await _stay(running, folder)
 
 
-async def _play(running: Stage, play: tuple[Act, ...], policy: str, *, in_full: bool) -> list[Played]:
-    if not in_full:
-        console.print(f"the same questions under policy {policy}, same links, memory and quality floor:")
+async def _play(running: Stage, act: Act) -> list[Played]:
+    """One act: its questions under every policy, all under the same links and memory."""
+    rates = ", ".join(f"{agent} {mbps:g}" for agent, mbps in act.rates_mbps.items())
+    console.print(f"── {act.title} (links set to {rates} Mbit/s)")
+    await running.set_links(act)
+    if act.fill is not None:
+        await running.fill(act.fill)
     played: list[Played] = []
-    for act in play:
-        if in_full:
-            rates = ", ".join(f"{agent} {mbps:g}" for agent, mbps in act.rates_mbps.items())
-            console.print(f"── {act.title} (set: {rates} Mbit/s)")
-        await running.set_links(act)
-        if act.fill is not None:
-            await running.fill(act.fill)
-        played += [await _ask(running, act, question, policy, in_full=in_full) for question in act.questions]
+    for policy in POLICIES:
+        if policy != POLICIES[0]:
+            console.print(f"   the same under policy {policy}:")
+        played += [await _ask(running, act, question, policy) for question in act.questions]
     console.print()
     return played
 
 
-async def _ask(running: Stage, act: Act, question: Question, policy: str, *, in_full: bool) -> Played:
+async def _ask(running: Stage, act: Act, question: Question, policy: str) -> Played:
     report = await running.client.ask(
         question.question,
         sources=[f"{agent}:{SENDERS[agent]}" for agent in question.sources],
@@ -114,9 +111,9 @@ async def _ask(running: Stage, act: Act, question: Question, policy: str, *, in_
     if report.state != "answered":
         verdict = f"{report.state}: {report.reason}"
     media = ", ".join(f"{link.sender} {_medium(link)}" for link in report.links)
-    if not in_full:
+    if policy != POLICIES[0]:
         console.print(
-            f"  {seconds(report.e2e_s)} (predicted {report.predicted_e2e_s:.2f} s) {media}: "
+            f"      E2E {seconds(report.e2e_s)} (predicted {report.predicted_e2e_s:.2f} s) {media}: "
             f"{question.question} {report.answer!r} {verdict}"
         )
         return played

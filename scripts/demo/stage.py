@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
-from broker_config.messages import Telemetry
 from broker_config.settings import BrokerSettings
-from coordinator.client import Client
+from coordinator.client import Client, Watch
 from coordinator.fleet import Fleet
 from scripts.demo.processes import DemoFailed, Processes, free_port, processes
 from scripts.demo.script import AGENTS, CACHE_BUDGET_MB, DOCUMENTS, FILLED, MEGABIT, RECEIVER, SENDERS, Act, pages
@@ -28,52 +28,33 @@ Say = Callable[[str], None]
 class Stage:
     """Everything that runs."""
 
-    def __init__(self, *, client: Client, links: dict[str, EmulatedLink], programs: Processes) -> None:
-        self.client, self.links, self.programs = client, links, programs
+    def __init__(self, *, client: Client, watch: Watch, links: dict[str, EmulatedLink], programs: Processes) -> None:
+        self.client, self.programs = client, programs
+        self._watch, self._links = watch, links
         self._given: list[str] = []
 
     async def set_links(self, act: Act) -> None:
         """Change the links' rates and wait until the agents have noticed."""
         for agent, mbps in act.rates_mbps.items():
-            self.links[agent].set_rate(mbps * MEGABIT, mbps * MEGABIT)
+            self._links[agent].set_rate(mbps * MEGABIT, mbps * MEGABIT)
         try:
             async with asyncio.timeout(LINK_TIMEOUT_S):
-                for agent, mbps in act.rates_mbps.items():
-                    while not _noticed(await self.telemetry(agent), mbps):
-                        self.programs.check()
+                await self._watch.until(
+                    lambda fleet: all(_noticed(fleet, agent, mbps) for agent, mbps in act.rates_mbps.items())
+                )
         except TimeoutError:
-            return  # planned from what is measured, as always; the report shows both
+            return  # planned from what is measured, as always; the report shows it
 
     async def fill(self, pressure: float) -> None:
         """Give pages to FILLED until its memory pressure is there."""
-        for name, text in pages():
-            if (await self.telemetry(FILLED)).memory.pressure >= pressure:
+        for name, text in pages()[len(self._given) :]:
+            if _pressure(self._watch.fleet, FILLED) >= pressure:
                 return
-            if name in self._given:
-                continue
             await self.client.give(FILLED, name, text)
             self._given.append(name)
-            await self._until_cached(FILLED, name)
+            async with asyncio.timeout(START_TIMEOUT_S):
+                await self._watch.until(lambda fleet, name=name: _cached(fleet, FILLED, name))  # type: ignore[misc]
         raise DemoFailed(f"all pages given, and {FILLED}'s memory pressure is still below {pressure:.2f}")
-
-    async def empty(self) -> None:
-        """Take the pages away again."""
-        while self._given:
-            await self.client.remove(FILLED, self._given.pop())
-
-    async def telemetry(self, agent: str) -> Telemetry:
-        """The agent's newest report, waited for."""
-        fleet = await self.client.fleet(settle_s=0.6)
-        state = fleet.agents.get(agent)
-        if state is None or state.telemetry is None:
-            self.programs.check()
-            raise DemoFailed(f"{agent} is not reporting:\n{self.programs.last_lines(agent)}")
-        return state.telemetry
-
-    async def _until_cached(self, agent: str, name: str) -> None:
-        async with asyncio.timeout(START_TIMEOUT_S):
-            while not any(info.name == name and info.cached for info in (await self.telemetry(agent)).contexts):
-                self.programs.check()
 
 
 @asynccontextmanager
@@ -105,11 +86,12 @@ async def stage(bundle: Path, folder: Path, act: Act, say: Say) -> AsyncIterator
             path = folder / f"{agent}.toml"
             path.write_text(_agent_toml(agent, bundle, folder, link.port))
         client = await stack.enter_async_context(Client(broker=settings, site=SITE))
+        watch = await stack.enter_async_context(client.watch())
         for group in (tuple(SENDERS), (RECEIVER,)):  # not all at once: they measure their own speed as they start
             for agent in group:
                 await programs.start(agent, ["edge_agent.cli", "run", str(folder / f"{agent}.toml"), "--plain"])
-            await _until_ready(client, programs, group, say)
-        yield Stage(client=client, links=links, programs=programs)
+            await _until_ready(watch, programs, group, say)
+        yield Stage(client=client, watch=watch, links=links, programs=programs)
 
 
 async def _until_listening(port: int, programs: Processes) -> None:
@@ -125,20 +107,16 @@ async def _until_listening(port: int, programs: Processes) -> None:
                 return
 
 
-async def _until_ready(client: Client, programs: Processes, agents: tuple[str, ...], say: Say) -> None:
+async def _until_ready(watch: Watch, programs: Processes, agents: tuple[str, ...], say: Say) -> None:
     said = ""
-    try:
-        async with asyncio.timeout(START_TIMEOUT_S):
-            while True:
-                programs.check()
-                fleet = await client.fleet(settle_s=0.6)
-                waiting = [f"{agent} ({what})" for agent in agents if (what := _missing(fleet, agent))]
-                if not waiting:
-                    return
-                if said != (said := "waiting for " + ", ".join(waiting)):
-                    say(said)
-    except TimeoutError:
-        raise DemoFailed(f"not ready after {START_TIMEOUT_S:.0f} s: {said}") from None
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while waiting := [f"{agent} ({what})" for agent in agents if (what := _missing(watch.fleet, agent))]:
+        programs.check()
+        if said != (said := "waiting for " + ", ".join(waiting)):
+            say(said)
+        if time.monotonic() > deadline_s:
+            raise DemoFailed(f"not ready after {START_TIMEOUT_S:.0f} s: {said}")
+        await asyncio.sleep(0.1)
 
 
 def _missing(fleet: Fleet, agent: str) -> str:
@@ -154,9 +132,21 @@ def _missing(fleet: Fleet, agent: str) -> str:
     return ""
 
 
-def _noticed(telemetry: Telemetry, mbps: float) -> bool:
-    measured = (telemetry.link.uplink_bps, telemetry.link.downlink_bps)
-    return all(bps is not None and abs(bps / (mbps * MEGABIT) - 1) < CLOSE_ENOUGH for bps in measured)
+def _noticed(fleet: Fleet, agent: str, mbps: float) -> bool:
+    """Whether an agent's measured rates are near the set one."""
+    telemetry = fleet.agents[agent].telemetry
+    rates = (telemetry.link.uplink_bps, telemetry.link.downlink_bps) if telemetry else (None,)
+    return all(bps is not None and abs(bps / (mbps * MEGABIT) - 1) < CLOSE_ENOUGH for bps in rates)
+
+
+def _pressure(fleet: Fleet, agent: str) -> float:
+    telemetry = fleet.agents[agent].telemetry
+    return telemetry.memory.pressure if telemetry else 0.0
+
+
+def _cached(fleet: Fleet, agent: str, name: str) -> bool:
+    telemetry = fleet.agents[agent].telemetry
+    return telemetry is not None and any(info.name == name and info.cached for info in telemetry.contexts)
 
 
 def _agent_toml(agent: str, bundle: Path, folder: Path, port: int) -> str:
