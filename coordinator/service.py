@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
 
 import structlog
 
 from broker_config import topics
-from broker_config.bus import MqttBus, Will
-from broker_config.errors import BusError
+from broker_config.bus import Bus, BusState, MqttBus, Will
+from broker_config.errors import BusError, MessageRejected
 from broker_config.messages import (
     AddContext,
     AnswerOutcome,
@@ -31,7 +29,6 @@ from broker_config.messages import (
     Planned,
     Presence,
     Refused,
-    RoundEvent,
     RoundReport,
     SendOutcome,
     Telemetry,
@@ -39,7 +36,7 @@ from broker_config.messages import (
     TextRequest,
     new_id,
 )
-from coordinator.errors import CoordinatorError
+from coordinator.errors import CoordinatorError, RequestImpossible
 from coordinator.fleet import Fleet, apply, expire
 from coordinator.journal import InFlight, Journal
 from coordinator.planning import COORDINATOR, plan_round
@@ -55,6 +52,11 @@ M = TypeVar("M")
 OUTCOME_GRACE_S = 1.0
 """After the answer, senders' outcomes may still be on their way; the report waits for them so long."""
 WATCH_INTERVAL_S = 0.5
+UNTOLD_S = 600.0
+"""An end that can't be told, since the broker is away, is tried again for so long; no asker waits longer."""
+STOP_S = 5.0
+"""Stopping may not take longer, connection or not: what could not be told by then, the next coordinator tells."""
+FAULT = "a fault of the coordinator; its log says more"
 
 
 class Coordinator:
@@ -67,46 +69,58 @@ class Coordinator:
         self._rounds: dict[str, Round] = {}
         self._texts = Texts()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._follows: dict[str, asyncio.Task[None]] = {}
-        self._withdrawn: dict[str, str] = {}
         self._recent: OrderedDict[str, None] = OrderedDict()
         self._telling = asyncio.Lock()
+        self._listening_since_s: float | None = None
+        self._stopping = False
         get_policy(settings.planning.policy)
 
     async def run(self) -> None:
         """Serve until cancelled. Raises JournalUnwritable."""
         journal = Journal(self._settings.state_path / f"{self._settings.site}-rounds.jsonl")
+        site = self._settings.site
         try:
-            async with self._bus() as bus:
-                await self._serve(bus, journal)
+            bus = MqttBus(
+                settings=self._settings.broker,
+                site=site,
+                client_id=f"{site}-{COORDINATOR}",
+                persistent=True,
+                will=Will(topic=topics.COORDINATOR, message=self._presence("offline")),
+                on_state=self._listening,
+            )
+            bus.add_on_connect(self._say_online)
+            await self.join(bus, journal)  # before the session starts: what the broker kept for us comes at once
+            async with bus:
+                await self.serve()
         finally:
             journal.close()
 
-    @asynccontextmanager
-    async def _bus(self) -> AsyncIterator[MqttBus]:
-        site = self._settings.site
-        will = Will(topic=topics.COORDINATOR, message=self._presence("offline"))
-        client_id = f"{site}-{COORDINATOR}"
-        async with MqttBus(
-            settings=self._settings.broker, site=site, client_id=client_id, persistent=True, will=will
-        ) as bus:
-            yield bus
-
-    async def _serve(self, bus: MqttBus, journal: Journal) -> None:
-        self._bus_, self._journal = bus, journal
+    async def join(self, bus: Bus, journal: Journal) -> None:
+        """Listen on a bus. What an earlier coordinator left over is not taken again."""
+        self._bus, self._journal = bus, journal
+        self._listening(BusState.CONNECTED)
+        for entry in journal.left_over:
+            self._remember(entry.ask.request)
         await bus.subscribe(topics.PRESENCE, self._heard)
         await bus.subscribe(topics.TELEMETRY, self._heard)
         await bus.subscribe(topics.OUTCOMES, self._outcome)
         await bus.subscribe(topics.ANSWERS, self._piece)
         await bus.subscribe(topics.REQUESTS, self._request)
-        bus.add_on_connect(self._say_online)
+
+    async def serve(self) -> None:
+        """After `join`: end what was left over, then serve until cancelled."""
         try:
-            await self._end_left_over()
+            for entry in self._journal.left_over:
+                self._spawn(self._end_left_over(entry), f"left over {entry.ask.request}")
             while True:
                 await asyncio.sleep(WATCH_INTERVAL_S)
                 self._watch()
         finally:
             await self._stop()
+
+    def _listening(self, state: BusState) -> None:
+        """While the bus is not connected, nobody's silence means anything."""
+        self._listening_since_s = _now_s() if state is BusState.CONNECTED else None
 
     def _request(self, request: CoordinatorRequest, _: Mapping[str, str]) -> None:
         match request:
@@ -114,51 +128,59 @@ class Coordinator:
                 if request.request in self._recent:
                     return  # a duplicate (QoS 1)
                 self._remember(request.request)
-                task = self._spawn(self._ask(request, time.monotonic()), f"round {request.request}")
-                self._follows[request.request] = task
-                task.add_done_callback(lambda _: self._follows.pop(request.request, None) and None)
+                self._spawn(self._ask(request, _now_s()), f"round {request.request}")
             case CancelAsk():
-                self._spawn(self._withdraw(request.request, "withdrawn by the asker"), f"cancel {request.request}")
+                round_ = self._rounds.get(request.request)
+                if round_ is not None:
+                    round_.stop("cancelled", "withdrawn by the asker")
             case GiveContext():
                 self._spawn(self._give(request), f"give {request.name}")
 
     async def _ask(self, ask: Ask, accepted_s: float) -> None:
         """Plan, order, follow: exactly one of Refused and Ended is told, whatever happens."""
         try:
-            round_ = plan_round(
-                ask,
-                fleet=self._fleet,
-                settings=self._settings,
-                running=self._rounds.values(),
-                texts=self._texts,
-                now_s=accepted_s,
-            )
-            self._journal.began(InFlight(ask=ask, agents=round_.agents))
+            round_ = self._begin(ask, accepted_s)
         except CoordinatorError as error:
-            await self._tell(ask, Refused(request=ask.request, reason=str(error)[:1024]))
-            log.info("refused", request=ask.request, reason=str(error))
+            await self._refuse(ask, str(error))
             return
-        self._rounds[ask.request] = round_
-        state: EndOfRound = "cancelled"
-        reason = "the coordinator was stopped; ask again"
+        except Exception:
+            await self._refuse(ask, FAULT)
+            raise
+        state: EndOfRound = "failed"
+        reason = FAULT
         try:
             state, reason = await self._carry_out(round_)
-        except asyncio.CancelledError:
-            reason = self._withdrawn.pop(ask.request, reason)
-            await asyncio.shield(self._end(round_, state, reason))
-            raise
-        await self._end(round_, state, reason)
+        finally:
+            await self._end(round_, state, reason)
+
+    def _begin(self, ask: Ask, accepted_s: float) -> Round:
+        """The planned round, remembered. In one go, so that a withdrawal finds either nothing or a whole round."""
+        if self._stopping:
+            raise RequestImpossible("the coordinator is being stopped; ask again")
+        round_ = plan_round(
+            ask,
+            fleet=self._fleet,
+            settings=self._settings,
+            running=self._rounds.values(),
+            texts=self._texts,
+            now_s=accepted_s,
+        )
+        self._journal.began(InFlight(ask=ask, agents=round_.agents))
+        self._rounds[ask.request] = round_
+        return round_
 
     async def _carry_out(self, round_: Round) -> tuple[EndOfRound, str]:
-        """Orders out, then wait for the receiver's outcome, its silence, or the time-out."""
+        """Orders out, then wait for the receiver's outcome, its silence, a withdrawal, or the time-out."""
         ask, timeout_s = round_.ask, self._settings.planning.round_timeout_s
+        # told beside the orders, so that they need not wait for it; begun before them, so that it is the first event
+        planned = Planned(report=round_.report("planned"))
+        self._spawn(self._tell_by_the_way(ask, planned), f"plan of {ask.request}")
         try:
             async with asyncio.timeout(timeout_s):
                 order = round_.answer_order(timeout_s)
-                await self._bus_.publish(topics.ORDERS, order, agent=ask.receiver)
+                await self._bus.publish(topics.ORDERS, order, agent=ask.receiver)
                 for agent, send in round_.send_orders(timeout_s):
-                    await self._bus_.publish(topics.ORDERS, send, agent=agent)
-                await self._tell(ask, Planned(report=round_.report("planned")))
+                    await self._bus.publish(topics.ORDERS, send, agent=agent)
                 await round_.done.wait()
         except TimeoutError:
             await self._cancel_orders(round_.agents, ask.request, "not answered in time")
@@ -166,9 +188,12 @@ class Coordinator:
         except BusError as error:
             await self._cancel_orders(round_.agents, ask.request, "orders could not be given")
             return "failed", f"orders could not be given: {error}"
-        if round_.answer is None:
-            await self._cancel_orders(round_.agents, ask.request, "the receiver is gone")
-            return "failed", f"{ask.receiver} went offline while it was answering; ask again when it is back"
+        if round_.stopped is not None:
+            await self._cancel_orders(round_.agents, ask.request, round_.stopped[1])
+            return round_.stopped
+        assert round_.answer is not None  # noqa: S101  (done without a stop)
+        if round_.answer.state != "answered":  # nobody needs what is still on its way
+            await self._cancel_orders(round_.still_sending(), ask.request, "the question has ended")
         try:
             async with asyncio.timeout(OUTCOME_GRACE_S):
                 await round_.sent.wait() if round_.links else None
@@ -179,111 +204,142 @@ class Coordinator:
     async def _end(self, round_: Round, state: EndOfRound, reason: str) -> None:
         report = round_.report(state, reason)
         self._rounds.pop(report.request, None)
-        await self._tell(round_.ask, Ended(report=report))
+        log.info("ended", request=report.request, state=state, e2e_s=report.e2e_s, predicted_s=report.predicted_e2e_s)
+        await self._conclude(round_.ask, report)
+
+    async def _end_left_over(self, entry: InFlight) -> None:
+        """A question that an earlier coordinator took and did not end: its end is told now."""
+        ask = entry.ask
+        reason = "the coordinator was restarted while this question was in flight; ask again"
+        await self._cancel_orders(entry.agents, ask.request, reason)
+        report = RoundReport(
+            request=ask.request,
+            question=ask.question,
+            receiver=ask.receiver,
+            policy=ask.policy or self._settings.planning.policy,
+            state="failed",
+            quality_floor=ask.quality_floor,
+            deadline_s=ask.deadline_s,
+            reason=reason,
+        )
+        log.info("ended after a restart", request=ask.request)
+        await self._conclude(ask, report)
+
+    async def _refuse(self, ask: Ask, reason: str) -> None:
+        log.info("refused", request=ask.request, reason=reason)
+        await self._tell_end(ask, Refused(request=ask.request, reason=reason[:1024]))
+
+    async def _conclude(self, ask: Ask, report: RoundReport) -> None:
+        """Tell the end; once told it is forgotten. Untold, the journal leaves it to the next coordinator."""
+        if not await self._tell_end(ask, Ended(report=report)):
+            return
         try:
             self._journal.ended(report.request)
         except CoordinatorError as error:
             log.error("journal", error=str(error))
-        log.info("ended", request=report.request, state=state, e2e_s=report.e2e_s, predicted_s=report.predicted_e2e_s)
-
-    async def _end_left_over(self) -> None:
-        """Questions that an earlier coordinator took and did not end: their end is told now."""
-        for entry in self._journal.left_over:
-            ask = entry.ask
-            reason = "the coordinator was restarted while this question was in flight; ask again"
-            await self._cancel_orders(entry.agents, ask.request, reason)
-            report = RoundReport(
-                request=ask.request,
-                question=ask.question,
-                receiver=ask.receiver,
-                policy=ask.policy or self._settings.planning.policy,
-                state="failed",
-                reason=reason,
-            )
-            if await self._tell(ask, Ended(report=report)):
-                self._journal.ended(ask.request)
-            log.info("ended after a restart", request=ask.request)
 
     def _watch(self) -> None:
-        """A receiver that fell silent ends its rounds."""
-        now_s = time.monotonic()
+        """A receiver that fell silent, or that was started anew and so knows nothing of its orders, ends its rounds."""
+        now_s = _now_s()
         self._fleet = expire(self._fleet, now_s)
         for round_ in self._rounds.values():
-            if not self._fleet.online(round_.ask.receiver, now_s, self._settings.planning.expiry_s):
-                round_.done.set()
+            receiver = round_.ask.receiver
+            state = self._fleet.agents.get(receiver)
+            if state is not None and state.instance != round_.receiver_instance:
+                round_.stop("failed", f"{receiver} was restarted while it was answering; ask again")
+            elif self._silent(receiver, now_s):
+                round_.stop("failed", f"{receiver} went offline while it was answering; ask again when it is back")
 
-    async def _withdraw(self, request: str, reason: str) -> None:
-        round_, task = self._rounds.get(request), self._follows.get(request)
-        if round_ is None or task is None:
-            return
-        self._withdrawn[request] = reason
-        await self._cancel_orders(round_.agents, request, reason)
-        task.cancel()
+    def _silent(self, agent: str, now_s: float) -> bool:
+        """Whether an agent could have been heard for expiry_s and was not. Its will alone is no silence: it may be back
+        in a moment, with its work going on."""
+        if self._listening_since_s is None:
+            return False
+        state = self._fleet.agents.get(agent)
+        heard_s = state.last_seen_s if state else 0.0
+        return now_s - max(heard_s, self._listening_since_s) > self._settings.planning.expiry_s
 
     async def _give(self, request: GiveContext) -> None:
         """Keep a copy of the text, and have the agent hold it; the agent answers the client itself."""
         error = ""
         try:
-            self._fleet.require_online(request.agent, time.monotonic(), self._settings.planning.expiry_s)
+            self._fleet.require_online(request.agent, _now_s(), self._settings.planning.expiry_s)
             self._texts.keep(request.agent, request.name, request.text)
             order = AddContext(
                 correlation=request.correlation, client=request.client, name=request.name, text=request.text
             )
-            await self._bus_.publish(topics.ORDERS, order, agent=request.agent)
+            await self._bus.publish(topics.ORDERS, order, agent=request.agent)
         except (CoordinatorError, BusError) as failed:
             error = str(failed)
         if error:
             reply = ContextReply(correlation=request.correlation, agent=request.agent, error=error[:1024])
             await self._publish(topics.REPLIES, reply, client=request.client)
 
-    def _heard(self, event: Presence | Telemetry, _: Mapping[str, str]) -> None:
+    def _heard(self, event: Presence | Telemetry, topic: Mapping[str, str]) -> None:
+        if not _is_own(event, topic):
+            return
         before = self._fleet.agents.get(event.agent)
-        self._fleet = apply(self._fleet, event, time.monotonic())
+        self._fleet = apply(self._fleet, event, _now_s())
         after = self._fleet.agents[event.agent]
         if after.duplicate and not (before and before.duplicate):
             log.error("two agents with one id", agent=event.agent, instances=after.duplicate)
         if isinstance(event, Presence):
             log.info("presence", agent=event.agent, state=event.state)
 
-    def _outcome(self, outcome: Outcome, _: Mapping[str, str]) -> None:
-        round_ = self._rounds.get(outcome.request)
+    def _outcome(self, outcome: Outcome, topic: Mapping[str, str]) -> None:
+        round_ = self._rounds.get(outcome.request) if _is_own(outcome, topic) else None
+        if round_ is None:
+            return  # of a round that has ended
         match outcome:
             case TextRequest():
                 self._spawn(self._answer_text(outcome), f"text for {outcome.agent}")
-            case SendOutcome() if round_:
+            case SendOutcome():
                 round_.take_send(outcome)
-            case AnswerOutcome() if round_ and outcome.agent == round_.ask.receiver:
-                round_.take_answer(outcome, time.monotonic())
-            case _:
-                pass  # of a round that has ended
+            case AnswerOutcome():
+                round_.take_answer(outcome, _now_s())
 
     async def _answer_text(self, request: TextRequest) -> None:
         text = self._texts.find(self._fleet, request.context_id)
         reply = TextReply(request=request.request, transfer=request.transfer, context_id=request.context_id, text=text)
         await self._publish(topics.ORDERS, reply, agent=request.agent)
 
-    def _piece(self, piece: AnswerPiece, _: Mapping[str, str]) -> None:
-        round_ = self._rounds.get(piece.request)
-        if round_ is None or piece.agent != round_.ask.receiver:
-            return
-        round_.take_piece(time.monotonic())
-        self._spawn(self._tell_piece(round_.ask, piece), f"piece of {piece.request}")
-
-    async def _tell_piece(self, ask: Ask, piece: AnswerPiece) -> None:
-        await self._tell(ask, Piece(request=piece.request, text=piece.text))
+    def _piece(self, piece: AnswerPiece, topic: Mapping[str, str]) -> None:
+        round_ = self._rounds.get(piece.request) if _is_own(piece, topic) else None
+        if round_ is not None and round_.take_piece(piece, _now_s()):
+            event = Piece(request=piece.request, text=piece.text)
+            self._spawn(self._tell_by_the_way(round_.ask, event), f"piece of {piece.request}")
 
     async def _cancel_orders(self, agents: Iterable[str], request: str, reason: str) -> None:
         for agent in agents:
             await self._publish(topics.ORDERS, CancelOrder(request=request, reason=reason[:1024]), agent=agent)
 
-    async def _tell(self, ask: Ask, event: RoundEvent) -> bool:
+    async def _tell_by_the_way(self, ask: Ask, event: Planned | Piece) -> None:
+        """An event that the end makes up for, should it get lost."""
         async with self._telling:  # first come, first served: events keep their order
-            return await self._publish(topics.EVENTS, event, client=ask.client)
+            await self._publish(topics.EVENTS, event, client=ask.client)
+
+    async def _tell_end(self, ask: Ask, event: Ended | Refused) -> bool:
+        """Tell an end, again and again while the broker is away. Whether it was told."""
+        give_up_s = _now_s() + UNTOLD_S
+        while True:
+            try:
+                async with self._telling:
+                    await self._bus.publish(topics.EVENTS, event, client=ask.client)
+            except MessageRejected as error:
+                log.error("an end can't be told", request=_request_of(event), error=str(error))
+                return True
+            except BusError as error:
+                log.warning("an end could not be told yet", request=_request_of(event), error=str(error))
+                if self._stopping or _now_s() > give_up_s:
+                    return False
+                await asyncio.sleep(WATCH_INTERVAL_S)
+            else:
+                return True
 
     async def _publish(self, topic: topics.Topic[M], message: M, **parameters: str) -> bool:
         """Publish; a failure is logged, since there is nobody else to tell."""
         try:
-            await self._bus_.publish(topic, message, **parameters)
+            await self._bus.publish(topic, message, **parameters)
         except BusError as error:
             log.warning("not published", topic=topic.pattern, error=str(error))
             return False
@@ -298,7 +354,7 @@ class Coordinator:
         )
 
     async def _say_online(self) -> None:
-        await self._bus_.publish(topics.COORDINATOR, self._presence("online"))
+        await self._bus.publish(topics.COORDINATOR, self._presence("online"))
 
     def _remember(self, request: str) -> None:
         self._recent[request] = None
@@ -318,10 +374,33 @@ class Coordinator:
 
     async def _stop(self) -> None:
         """End every question honestly, say goodbye."""
-        for request, round_ in list(self._rounds.items()):
-            await self._cancel_orders(round_.agents, request, "the coordinator was stopped")
-        tasks = list(self._tasks)
-        for task in tasks:
+        self._stopping = True
+        for round_ in self._rounds.values():
+            round_.stop("cancelled", "the coordinator was stopped; ask again")
+        try:
+            async with asyncio.timeout(STOP_S):
+                while self._tasks:
+                    await asyncio.wait(self._tasks)
+                await self._publish(topics.COORDINATOR, self._presence("offline"))
+        except TimeoutError:
+            log.warning("stopped without having told everything", left=len(self._tasks))
+        for task in tuple(self._tasks):
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await self._publish(topics.COORDINATOR, self._presence("offline"))
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def _now_s() -> float:
+    """The one clock of this room: the event loop's, which is monotonic."""
+    return asyncio.get_running_loop().time()
+
+
+def _is_own(event: Presence | Telemetry | Outcome | AnswerPiece, topic: Mapping[str, str]) -> bool:
+    """Whether an agent speaks for itself: the topic is what the broker's access rules are on."""
+    if event.agent == topic["agent"]:
+        return True
+    log.warning("an agent speaks for another", agent=topic["agent"], other=event.agent)
+    return False
+
+
+def _request_of(event: Ended | Refused) -> str:
+    return event.request if isinstance(event, Refused) else event.report.request

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 from broker_config import topics
 from broker_config.bus import Bus
-from broker_config.errors import BusError, TransferError
+from broker_config.errors import BusError, TransferError, TransferExpired
 from broker_config.messages import AnswerOrder, EndState, Part, PartOutcome, SendOrder, TextReply, TextRequest, new_id
-from broker_config.transfer import Inbox
+from broker_config.transfer import Inbox, Incoming
 from edge_agent.engine import Engine
 from edge_agent.errors import AgentError, ContextUnknown, PayloadRejected
 from edge_agent.kv.cache import Cache, concatenate
@@ -152,29 +152,21 @@ class Parts:
 
     async def _receive(self, order: AnswerOrder, progress: Progress, transfer: str, timeout_s: float) -> Cache:
         incoming = self._inbox.expect(transfer)
-        start = time.perf_counter()
         reader = PayloadReader(expectation(self._engine.model.manifest, self._limit_bytes))
-        decode_s = 0.0
         try:
             with self._link.transferring():
-                data = await incoming.payload(timeout_s)
-            progress.receive_s = time.perf_counter() - start
-            progress.payload_bytes = len(data)
-            if incoming.first_chunk_s is not None and incoming.complete_s is not None:
-                self._link.received(len(data), incoming.complete_s - incoming.first_chunk_s)
-            begin = time.perf_counter()
-            await asyncio.to_thread(reader.feed, data)
+                await self._read(incoming, reader, progress, timeout_s)
             received = reader.finish()
-            decode_s = time.perf_counter() - begin
         except PayloadRejected as error:
             await incoming.refuse(str(error))
             raise
+        finally:
+            incoming.close()
         header = reader.header
         if header is None or header.context_id != progress.part.context_id:
             raise PayloadRejected("context_id", "is of another context than was ordered")
         if received is not None:
-            progress.decode_s = decode_s
-            self._engine.meter.decode_payload(received.elements, decode_s)
+            self._engine.meter.decode_payload(received.elements, progress.decode_s)
         if not header.own_tokens:
             if received is None:
                 raise PayloadRejected("tokens", "there are none")
@@ -183,6 +175,25 @@ class Parts:
             return await self._prefill(order, progress, header.ids())
         own, progress.prefill_s = await self._engine.prefill_context(header.ids(), order.asker)
         return concatenate([own, received])
+
+    async def _read(self, incoming: Incoming, reader: PayloadReader, progress: Progress, timeout_s: float) -> None:
+        """Decode the payload while it arrives. Raises TransferError, and PayloadRejected at the first wrong byte."""
+        start = time.perf_counter()
+        progress.payload_bytes, progress.decode_s = 0, 0.0
+        try:
+            async with asyncio.timeout(timeout_s):
+                async for piece in incoming.pieces():
+                    begin = time.perf_counter()
+                    await asyncio.to_thread(reader.feed, piece)
+                    progress.decode_s += time.perf_counter() - begin
+                    progress.payload_bytes += len(piece)
+        except TimeoutError:
+            reason = f"not complete within {timeout_s:g} s"
+            await incoming.expire(reason)
+            raise TransferExpired(incoming.transfer, reason) from None
+        progress.receive_s = time.perf_counter() - start
+        if incoming.first_chunk_s is not None and incoming.complete_s is not None:
+            self._link.received(progress.payload_bytes, incoming.complete_s - incoming.first_chunk_s)
 
     async def _prefill(self, order: AnswerOrder, progress: Progress, ids: list[int]) -> Cache:
         """A whole context from its text, which must be the one that was ordered."""

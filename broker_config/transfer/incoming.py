@@ -72,8 +72,7 @@ class Incoming:
             async with asyncio.timeout(timeout_s):
                 return b"".join([piece async for piece in self.pieces()])
         except TimeoutError:
-            self.end("expired", f"not complete within {timeout_s:g} s")
-            await self._tell(self)
+            await self.expire(f"not complete within {timeout_s:g} s")
             raise TransferExpired(self.transfer, self.reason) from None
 
     async def pieces(self) -> AsyncIterator[bytes]:
@@ -98,6 +97,10 @@ class Incoming:
     async def cancel(self, reason: str) -> None:
         """End it as cancelled, and tell the sender. Nothing happens if it has ended already."""
         await self._end_and_tell("cancelled", reason)
+
+    async def expire(self, reason: str) -> None:
+        """End it as expired, and tell the sender. Nothing happens if it has ended already."""
+        await self._end_and_tell("expired", reason)
 
     def close(self) -> None:
         """Let go of all bytes. A transfer that has not ended ends as cancelled."""

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from broker_config.messages import Rung
 from edge_agent.kv.cache import Cache, Float32
-from edge_agent.kv.payload import Header, Shape, encode
-from edge_agent.kv.reader import Expectation, decode
+from edge_agent.kv.payload import encode
+from edge_agent.kv.reader import decode
 from edge_agent.kv.recipe import FIRST_LADDER, Recipe
-from edge_agent.model.manifest import Manifest
+from edge_agent.model.exchange import expectation, payload_header
 from edge_agent.model.session import LiveContext, Model
 from edge_agent.model.text import Text
 
@@ -124,8 +124,10 @@ def _fitting(text: Text, passage: str, most: int) -> list[int]:
 
 
 def _add(total: _Sum, model: Model, prefix: LiveContext, reference: _Reference, recipe: Recipe) -> None:
-    payload = b"".join(encode(_header(model.manifest, reference.cache, recipe), reference.cache, recipe))
-    received = decode(payload, _expectation(model.manifest, reference.cache))[1]
+    ids = [0] * reference.cache.entries  # only their number is on a payload that carries entries for all
+    header = payload_header(model.manifest, "0" * 32, ids, own_tokens=0, rung=recipe)
+    payload = b"".join(encode(header, reference.cache, recipe))
+    received = decode(payload, expectation(model.manifest, reference.cache.nbytes))[1]
     live = prefix.fork()
     if received is not None:
         live.append(received)
@@ -159,39 +161,4 @@ def _rung(name: str, total: _Sum) -> Rung:
         bits_per_element=round(total.payload_bits / total.elements, 4),
         kl=round(total.kl / total.positions, 9),
         agreement=round(total.agreeing / total.positions, 6),
-    )
-
-
-def _header(manifest: Manifest, cache: Cache, recipe: Recipe) -> Header:
-    layers = len(manifest.layers)
-    return Header(
-        fingerprint=manifest.fingerprint,
-        tokenizer=manifest.tokenizer_digest,
-        weight_precision=manifest.weight_precision,
-        context_id="0" * 32,
-        prefix=manifest.prefix_id,
-        shape=Shape(
-            layers=layers, kv_heads=manifest.kv_heads, head_dim=manifest.head_dim, sent_layers=tuple(range(layers))
-        ),
-        codec=recipe.codec,
-        bits=recipe.bits,
-        rung=recipe.name,
-        slice_tokens=recipe.slice_tokens,
-        tokens=cache.entries,
-        id_bytes=4,
-        own_ids=b"",
-    )
-
-
-def _expectation(manifest: Manifest, cache: Cache) -> Expectation:
-    return Expectation(
-        fingerprint=manifest.fingerprint,
-        tokenizer=manifest.tokenizer_digest,
-        prefix=manifest.prefix_id,
-        layers=len(manifest.layers),
-        kv_heads=manifest.kv_heads,
-        head_dim=manifest.head_dim,
-        vocabulary=manifest.vocabulary,
-        window_tokens=manifest.window_tokens,
-        limit_bytes=cache.nbytes,
     )
