@@ -7,6 +7,7 @@ that was cut short by a crash is ignored.
 from __future__ import annotations
 
 import os
+from io import FileIO
 from pathlib import Path
 
 import msgspec
@@ -14,6 +15,9 @@ from msgspec import Struct
 
 from broker_config.messages import Ask
 from coordinator.errors import JournalUnwritable
+
+
+COMPACT_BYTES = 1_000_000
 
 
 class InFlight(Struct, frozen=True, kw_only=True):
@@ -31,32 +35,38 @@ class _Line(Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Journal:
     """Opens (and compacts) the file. `left_over` are the questions that an earlier coordinator did not end."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, compact_bytes: int = COMPACT_BYTES) -> None:
+        self._path, self._compact_bytes = path, compact_bytes
         self.left_over = _read(path)
+        self._open = {entry.ask.request: entry for entry in self.left_over}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            compact = path.with_suffix(".new")
-            compact.write_bytes(b"".join(_encode(_Line(began=entry)) for entry in self.left_over))
-            compact.replace(path)
-            self._file = path.open("ab", buffering=0)
+            self._file = self._compacted()
         except OSError as error:
             raise JournalUnwritable(f"journal {path} can't be written: {error.strerror}") from None
 
     def began(self, entry: InFlight) -> None:
         """Before any order goes out. Raises JournalUnwritable."""
         self._append(_Line(began=entry))
+        self._open[entry.ask.request] = entry
 
     def ended(self, request: str) -> None:
         """After the end was told. Raises JournalUnwritable."""
         self._append(_Line(ended=request))
+        self._open.pop(request, None)
 
     def close(self) -> None:
         self._file.close()
 
     def _append(self, line: _Line) -> None:
-        data, at = _encode(line), self._file.tell()
+        data = _encode(line)
         try:
+            at = self._size()
+            if at > self._compact_bytes:
+                self._file, old = self._compacted(), self._file
+                old.close()
+                at = self._size()
+                self._compact_bytes = max(self._compact_bytes, 2 * at)  # many are open: not at every line
             if self._file.write(data) == len(data):
                 return
             problem = "disk full"
@@ -64,6 +74,16 @@ class Journal:
             problem = error.strerror or str(error)
         os.ftruncate(self._file.fileno(), at)  # half a line would spoil the next one
         raise JournalUnwritable(f"journal {self._path} can't be written: {problem}")
+
+    def _size(self) -> int:
+        return os.fstat(self._file.fileno()).st_size
+
+    def _compacted(self) -> FileIO:
+        """A new file that holds the open questions only, in the place of the old one."""
+        compact = self._path.with_suffix(".new")
+        compact.write_bytes(b"".join(_encode(_Line(began=entry)) for entry in self._open.values()))
+        compact.replace(self._path)
+        return self._path.open("ab", buffering=0)
 
 
 def _encode(line: _Line) -> bytes:
@@ -81,7 +101,7 @@ def _read(path: Path) -> tuple[InFlight, ...]:
     for row in raw.split(b"\n"):
         try:
             line = msgspec.json.decode(row, type=_Line)
-        except msgspec.DecodeError:
+        except (ValueError, RecursionError):  # msgspec.DecodeError, UnicodeDecodeError
             continue  # cut short by a crash
         if line.began:
             open_[line.began.ask.request] = line.began

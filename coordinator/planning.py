@@ -14,6 +14,8 @@ from coordinator.settings import CoordinatorSettings
 from coordinator.texts import Texts
 
 COORDINATOR = "coordinator"
+HOLDERS = 64
+"""As many as an order may name."""
 
 
 def plan_round(
@@ -40,6 +42,8 @@ def plan_round(
     for source in ask.sources:
         if source.partition(":")[0] == ask.receiver and receiver.telemetry:
             context = resolve_source(fleet, source, now_s, expiry_s)[1]
+            if any(context.context_id == each.context.context_id for each in local.values()):
+                raise RequestImpossible(f"it names {ask.receiver}:{context.name} twice; name each context once")
             local[source] = LocalSource(context=context, pressure=receiver.telemetry.memory.pressure)
     remote = tuple(source for source in ask.sources if source not in local)
     plan: RequestPlan | None = None
@@ -60,6 +64,7 @@ def plan_round(
         ask=ask,
         policy=policy.name,
         accepted_s=now_s,
+        receiver_instance=receiver.instance,
         plan=plan,
         sources=tuple(local[source] if source in local else next(links) for source in ask.sources),
         holders={
@@ -94,4 +99,4 @@ def text_holders(
         and state.telemetry
         and any(context.context_id == context_id for context in state.telemetry.contexts)
     )
-    return kept + agents
+    return (kept + agents)[:HOLDERS]

@@ -12,6 +12,7 @@ import msgspec
 from broker_config.messages import (
     AnswerOrder,
     AnswerOutcome,
+    AnswerPiece,
     Ask,
     ContextInfo,
     LinkReport,
@@ -47,11 +48,16 @@ class LocalSource:
 
 @dataclass(kw_only=True)
 class Round:
-    """A question under way. The service feeds it what arrives; `done` is set when the receiver has told the end."""
+    """A question under way. The service feeds it what arrives.
+
+    `done` is set when the receiver has told the end, or when the round was stopped; whichever came first counts.
+    receiver_instance: the receiver as it was when the round was planned; another one knows nothing of it.
+    """
 
     ask: Ask
     policy: str
     accepted_s: float
+    receiver_instance: str
     plan: RequestPlan | None
     sources: tuple[LinkPlan | LocalSource, ...]
     holders: Mapping[str, tuple[str, ...]]
@@ -60,6 +66,8 @@ class Round:
     answered_s: float | None = None
     sends: dict[str, SendOutcome] = field(default_factory=dict)
     answer: AnswerOutcome | None = None
+    stopped: tuple[EndOfRound, str] | None = None
+    next_piece: int = 0
     done: asyncio.Event = field(default_factory=asyncio.Event)
     sent: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -126,21 +134,36 @@ class Round:
         latest_s = max((link.arrive_s for link in self.links), default=0.0)
         return max(LEAST_PART_TIMEOUT_S, PART_TIMEOUT_FACTOR * latest_s)
 
+    def still_sending(self) -> tuple[str, ...]:
+        """Senders that have not told how their transfers ended."""
+        senders = self._senders().items()
+        return tuple(dict.fromkeys(sender for transfer, sender in senders if transfer not in self.sends))
+
     def take_send(self, outcome: SendOutcome) -> None:
         """A sender has ended one of this round's transfers (others, such as fetched texts, are not planned links)."""
-        if outcome.transfer in self.transfers:
-            self.sends[outcome.transfer] = outcome
+        if self._senders().get(outcome.transfer) == outcome.agent:
+            self.sends.setdefault(outcome.transfer, outcome)
         if len(self.sends) == len(self.links):
             self.sent.set()
 
-    def take_piece(self, now_s: float) -> None:
-        """A piece of the answer is here."""
+    def take_piece(self, piece: AnswerPiece, now_s: float) -> bool:
+        """A piece of the answer. Whether it is news: another agent's, or one that came before, is not (QoS 1)."""
+        if piece.agent != self.ask.receiver or piece.index < self.next_piece:
+            return False
+        self.next_piece = piece.index + 1
         self.first_piece_s = self.first_piece_s if self.first_piece_s is not None else now_s
+        return True
 
     def take_answer(self, outcome: AnswerOutcome, now_s: float) -> None:
         """The receiver has ended."""
-        if self.answer is None:
+        if outcome.agent == self.ask.receiver and not self.done.is_set():
             self.answer, self.answered_s = outcome, now_s
+            self.done.set()
+
+    def stop(self, state: EndOfRound, reason: str) -> None:
+        """Nobody waits for the receiver any more."""
+        if not self.done.is_set():
+            self.stopped = (state, reason)
             self.done.set()
 
     def report(self, state: Literal["planned"] | EndOfRound, reason: str = "") -> RoundReport:
@@ -171,6 +194,11 @@ class Round:
             fallbacks=sum(bool(part.fallback) for part in parts.values()),
             reason=(reason or (answer.reason if answer else ""))[:1024],
         )
+
+    def _senders(self) -> dict[str, str]:
+        """Who sends each transfer that travels."""
+        pairs = zip(self.sources, self.transfers, strict=True)
+        return {transfer: source.sender for source, transfer in pairs if isinstance(source, LinkPlan)}
 
     def _part(self, source: LinkPlan | LocalSource, transfer: str) -> Part:
         if isinstance(source, LocalSource):

@@ -11,7 +11,7 @@ import structlog
 
 from broker_config import topics
 from broker_config.bus import Bus, BusState, MqttBus, Will
-from broker_config.errors import BusError, MessageRejected
+from broker_config.errors import BusError
 from broker_config.messages import (
     AddContext,
     AnswerOutcome,
@@ -43,6 +43,7 @@ from coordinator.planning import COORDINATOR, plan_round
 from coordinator.policy import POLICIES, get_policy
 from coordinator.round import EndOfRound, Round
 from coordinator.settings import CoordinatorSettings
+from coordinator.telling import Teller
 from coordinator.texts import Texts
 
 log = structlog.get_logger()
@@ -52,8 +53,6 @@ M = TypeVar("M")
 OUTCOME_GRACE_S = 1.0
 """After the answer, senders' outcomes may still be on their way; the report waits for them so long."""
 WATCH_INTERVAL_S = 0.5
-UNTOLD_S = 600.0
-"""An end that can't be told, since the broker is away, is tried again for so long; no asker waits longer."""
 STOP_S = 5.0
 """Stopping may not take longer, connection or not: what could not be told by then, the next coordinator tells."""
 FAULT = "a fault of the coordinator; its log says more"
@@ -70,7 +69,6 @@ class Coordinator:
         self._texts = Texts()
         self._tasks: set[asyncio.Task[None]] = set()
         self._recent: OrderedDict[str, None] = OrderedDict()
-        self._telling = asyncio.Lock()
         self._listening_since_s: float | None = None
         self._stopping = False
         get_policy(settings.planning.policy)
@@ -97,7 +95,7 @@ class Coordinator:
 
     async def join(self, bus: Bus, journal: Journal) -> None:
         """Listen on a bus. What an earlier coordinator left over is not taken again."""
-        self._bus, self._journal = bus, journal
+        self._bus, self._journal, self._teller = bus, journal, Teller(bus)
         self._listening(BusState.CONNECTED)
         for entry in journal.left_over:
             self._remember(entry.ask.request)
@@ -146,12 +144,12 @@ class Coordinator:
         except Exception:
             await self._refuse(ask, FAULT)
             raise
-        state: EndOfRound = "failed"
-        reason = FAULT
         try:
             state, reason = await self._carry_out(round_)
-        finally:
-            await self._end(round_, state, reason)
+        except Exception:
+            await self._end(round_, "failed", FAULT)
+            raise
+        await self._end(round_, state, reason)
 
     def _begin(self, ask: Ask, accepted_s: float) -> Round:
         """The planned round, remembered. In one go, so that a withdrawal finds either nothing or a whole round."""
@@ -174,7 +172,7 @@ class Coordinator:
         ask, timeout_s = round_.ask, self._settings.planning.round_timeout_s
         # told beside the orders, so that they need not wait for it; begun before them, so that it is the first event
         planned = Planned(report=round_.report("planned"))
-        self._spawn(self._tell_by_the_way(ask, planned), f"plan of {ask.request}")
+        self._spawn(self._teller.tell(ask.client, planned), f"plan of {ask.request}")
         try:
             async with asyncio.timeout(timeout_s):
                 order = round_.answer_order(timeout_s)
@@ -227,11 +225,11 @@ class Coordinator:
 
     async def _refuse(self, ask: Ask, reason: str) -> None:
         log.info("refused", request=ask.request, reason=reason)
-        await self._tell_end(ask, Refused(request=ask.request, reason=reason[:1024]))
+        await self._teller.tell_end(ask.client, Refused(request=ask.request, reason=reason[:1024]))
 
     async def _conclude(self, ask: Ask, report: RoundReport) -> None:
         """Tell the end; once told it is forgotten. Untold, the journal leaves it to the next coordinator."""
-        if not await self._tell_end(ask, Ended(report=report)):
+        if not await self._teller.tell_end(ask.client, Ended(report=report)):
             return
         try:
             self._journal.ended(report.request)
@@ -291,7 +289,7 @@ class Coordinator:
         if round_ is None:
             return  # of a round that has ended
         match outcome:
-            case TextRequest():
+            case TextRequest() if outcome.agent == round_.ask.receiver:
                 self._spawn(self._answer_text(outcome), f"text for {outcome.agent}")
             case SendOutcome():
                 round_.take_send(outcome)
@@ -307,34 +305,11 @@ class Coordinator:
         round_ = self._rounds.get(piece.request) if _is_own(piece, topic) else None
         if round_ is not None and round_.take_piece(piece, _now_s()):
             event = Piece(request=piece.request, text=piece.text)
-            self._spawn(self._tell_by_the_way(round_.ask, event), f"piece of {piece.request}")
+            self._spawn(self._teller.tell(round_.ask.client, event), f"piece of {piece.request}")
 
     async def _cancel_orders(self, agents: Iterable[str], request: str, reason: str) -> None:
         for agent in agents:
             await self._publish(topics.ORDERS, CancelOrder(request=request, reason=reason[:1024]), agent=agent)
-
-    async def _tell_by_the_way(self, ask: Ask, event: Planned | Piece) -> None:
-        """An event that the end makes up for, should it get lost."""
-        async with self._telling:  # first come, first served: events keep their order
-            await self._publish(topics.EVENTS, event, client=ask.client)
-
-    async def _tell_end(self, ask: Ask, event: Ended | Refused) -> bool:
-        """Tell an end, again and again while the broker is away. Whether it was told."""
-        give_up_s = _now_s() + UNTOLD_S
-        while True:
-            try:
-                async with self._telling:
-                    await self._bus.publish(topics.EVENTS, event, client=ask.client)
-            except MessageRejected as error:
-                log.error("an end can't be told", request=_request_of(event), error=str(error))
-                return True
-            except BusError as error:
-                log.warning("an end could not be told yet", request=_request_of(event), error=str(error))
-                if self._stopping or _now_s() > give_up_s:
-                    return False
-                await asyncio.sleep(WATCH_INTERVAL_S)
-            else:
-                return True
 
     async def _publish(self, topic: topics.Topic[M], message: M, **parameters: str) -> bool:
         """Publish; a failure is logged, since there is nobody else to tell."""
@@ -375,6 +350,7 @@ class Coordinator:
     async def _stop(self) -> None:
         """End every question honestly, say goodbye."""
         self._stopping = True
+        self._teller.close()
         for round_ in self._rounds.values():
             round_.stop("cancelled", "the coordinator was stopped; ask again")
         try:
@@ -400,7 +376,3 @@ def _is_own(event: Presence | Telemetry | Outcome | AnswerPiece, topic: Mapping[
         return True
     log.warning("an agent speaks for another", agent=topic["agent"], other=event.agent)
     return False
-
-
-def _request_of(event: Ended | Refused) -> str:
-    return event.request if isinstance(event, Refused) else event.report.request

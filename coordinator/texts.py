@@ -10,7 +10,7 @@ DEFAULT_LIMIT_BYTES = 64_000_000
 
 
 class Texts:
-    """By agent and context name, least recently given out first when limit_bytes is reached."""
+    """By agent and context name, least recently kept or looked for out first when limit_bytes is reached."""
 
     def __init__(self, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
         self._limit_bytes = limit_bytes
@@ -31,5 +31,6 @@ class Texts:
         for agent, state in fleet.agents.items():
             for context in state.telemetry.contexts if state.telemetry else ():
                 if context.context_id == context_id and (agent, context.name) in self._texts:
+                    self._texts.move_to_end((agent, context.name))
                     return self._texts[agent, context.name]
         return None

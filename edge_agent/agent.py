@@ -39,7 +39,7 @@ from edge_agent.outgoing import Outgoing
 from edge_agent.parts import Parts
 from edge_agent.pressure import measure
 from edge_agent.settings import AgentSettings
-from edge_agent.tasks import Tasks
+from edge_agent.tasks import Tasks, last_words
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class Agent:
                     group.create_task(self._library.prefill(), name="contexts")
             finally:
                 await self._tasks.close()
-                await self._say_offline(control)
+                await last_words(self._say_offline(control))
 
     def _order(self, order: Order, _: Mapping[str, str]) -> None:
         """Take an order; work that lasts runs as a task under the order's request."""
@@ -139,9 +139,9 @@ class Agent:
         error = ""
         try:
             if isinstance(order, AddContext):
-                await asyncio.to_thread(self._library.add, order.name, order.text)
+                await self._library.add(order.name, order.text)
             elif isinstance(order, RemoveContext):
-                self._library.remove(order.name)
+                await self._library.remove(order.name)
         except AgentError as failed:
             error = str(failed)
         reply = ContextReply(
@@ -166,7 +166,7 @@ class Agent:
 
     async def _report(self, control: Bus) -> None:
         while True:
-            await asyncio.to_thread(self._library.scan)
+            await self._library.scan()
             memory = measure(self._store.cache_bytes, self._store.budget_bytes)
             telemetry = Telemetry(
                 agent=self._name,
@@ -203,7 +203,6 @@ class Agent:
 
     async def _say_offline(self, control: Bus) -> None:
         try:
-            async with asyncio.timeout(2):
-                await control.publish(topics.PRESENCE, self._presence("offline"), agent=self._name)
-        except (BusError, TimeoutError) as error:
+            await control.publish(topics.PRESENCE, self._presence("offline"), agent=self._name)
+        except BusError as error:
             log.info("could not say goodbye: %s", error)

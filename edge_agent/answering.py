@@ -17,7 +17,7 @@ from broker_config.messages import AnswerOrder, AnswerOutcome, AnswerPiece
 from edge_agent.engine import Engine
 from edge_agent.errors import AgentError, ContextTooLong
 from edge_agent.parts import Parts, Progress
-from edge_agent.tasks import gather_or_cancel
+from edge_agent.tasks import gather_or_cancel, last_words
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Answering:
             answer.state, answer.reason = "expired", f"not answered within {order.expires_s:g} s"
         except asyncio.CancelledError:
             answer.state, answer.reason = "cancelled", "cancelled by order"
-            await asyncio.shield(self._report(answer))
+            await last_words(self._report(answer))
             raise
         await self._report(answer)
 

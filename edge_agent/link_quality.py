@@ -87,8 +87,10 @@ class LinkMeter:
             if not self._transfers and time.monotonic() - self._quiet_since >= QUIET_S:
                 try:
                     await self.probe()
-                except (BusError, TimeoutError) as error:
+                except BusError as error:
                     log.info("link probe: %s", error)
+                except TimeoutError:
+                    log.info("link probe: not back within %g s", PROBE_TIMEOUT_S)
             await asyncio.sleep(interval_s)
 
     async def probe(self) -> None:

@@ -20,6 +20,7 @@ from edge_agent.kv.recipe import recipe
 from edge_agent.link_quality import LinkMeter
 from edge_agent.memory import ContextStore, Held
 from edge_agent.model.exchange import payload_header
+from edge_agent.tasks import last_words
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class Outgoing:
             state, reason = "expired", f"not sent within {order.expires_s:g} s"
             await self._abort(order, reason)
         except asyncio.CancelledError:
-            await asyncio.shield(self._report(job, "cancelled", "cancelled by order", None))
+            await last_words(self._report(job, "cancelled", "cancelled by order", None))
             raise
         await self._report(job, state, reason, sent)
 

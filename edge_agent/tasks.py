@@ -16,6 +16,10 @@ REMEMBERED = 4_096
 """Orders may arrive twice (QoS 1): the keys of so many past ones are kept to recognise that."""
 
 
+LAST_WORDS_S = 2.0
+"""Without a connection an end can't be reported; stopping must not wait for one."""
+
+
 class Tasks:
     """Running tasks, each under a request and a key that is used only once."""
 
@@ -57,6 +61,13 @@ class Tasks:
         del self._running[task]
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("%s ended by a fault of ours: %r", task.get_name(), error)
+
+
+async def last_words(work: Coroutine[Any, Any, None]) -> None:
+    """Do something short although we are being cancelled: report an end, say goodbye. Given up after LAST_WORDS_S."""
+    speaking = asyncio.ensure_future(work)
+    await asyncio.wait({speaking}, timeout=LAST_WORDS_S)
+    speaking.cancel()
 
 
 async def gather_or_cancel(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

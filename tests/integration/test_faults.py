@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
 QUESTION = "Which valve?"
 SLOW_BPS = 400_000.0
 """A lossless cache of the long text then takes about ten seconds."""
+UNDER_WAY_BYTES = 60_000
 
 
 class Asking:
@@ -34,33 +35,41 @@ class Asking:
 
 
 @asynccontextmanager
-async def slow_link(site: Site) -> AsyncIterator[EmulatedLink]:
+async def cache_on_its_way(site: Site, *, given: bool = False) -> AsyncIterator[tuple[Asking, EmulatedLink]]:
+    """pi-1 is sending jetson-1 a lossless cache over a slow link, and has begun when the block is entered.
+
+    given: the text went through the coordinator, which keeps a copy, and not into pi-1's folder.
+    """
+    north = text(1, words=160)
     async with EmulatedLink(
         broker_host="127.0.0.1", broker_port=site.port, uplink=Bucket(SLOW_BPS), downlink=Bucket(SLOW_BPS)
     ) as link:
-        yield link
+        await site.start_agent("pi-1", texts=None if given else {"north": north}, port=link.port)
+        await site.start_agent("jetson-1")
+        await site.until_ready()
+        if given:
+            await site.client.give("pi-1", "north", north)
+            await site.until_ready()
+        asking = Asking(site, sources=["pi-1"], receiver="jetson-1", policy="kv", quality_floor=0.0)
+        await asking.planned.wait()
+        start = link.uplink_bytes
+        await until_true(lambda: link.uplink_bytes >= start + UNDER_WAY_BYTES)
+        yield asking, link
 
 
-async def bytes_are_flowing(link: EmulatedLink, count: int = 60_000) -> None:
-    """Wait until so many more bytes have gone up."""
-    start = link.uplink_bytes
-    await until_true(lambda: link.uplink_bytes >= start + count)
+async def answer_as_text(site: Site) -> RoundReport:
+    """The same question by the token medium."""
+    return await site.client.ask(QUESTION, sources=["pi-1"], receiver="jetson-1", policy="token")
 
 
 async def test_a_cache_that_cannot_arrive_is_replaced_by_its_text(amqtt_site: Site) -> None:
     site = amqtt_site
-    async with slow_link(site) as link:
-        await site.start_agent("pi-1", port=link.port)
-        await site.start_agent("jetson-1")
-        await site.until_ready()
-        await site.client.give("pi-1", "north", text(1, words=160))
-        await site.until_ready()
-        expected = await site.client.ask(QUESTION, sources=["pi-1"], receiver="jetson-1", policy="token")
-        asking = Asking(site, sources=["pi-1"], receiver="jetson-1", policy="kv", quality_floor=0.0)
-        await asking.planned.wait()
-        await bytes_are_flowing(link)
+    async with cache_on_its_way(site, given=True) as (asking, _):
         await site.kill("pi-1")
         report = await asking.task
+        await site.start_agent("pi-1", texts={"north": text(1, words=160)})
+        await site.until_ready()
+        expected = await answer_as_text(site)
     assert report.state == "answered", report.reason
     assert report.fallbacks == 1
     assert report.links[0].fallback == "coordinator"
@@ -68,14 +77,7 @@ async def test_a_cache_that_cannot_arrive_is_replaced_by_its_text(amqtt_site: Si
 
 
 async def test_a_link_that_is_cut_for_a_moment_loses_nothing(amqtt_site: Site) -> None:
-    site = amqtt_site
-    async with slow_link(site) as link:
-        await site.start_agent("pi-1", texts={"north": text(1, words=160)}, port=link.port)
-        await site.start_agent("jetson-1")
-        await site.until_ready()
-        asking = Asking(site, sources=["pi-1"], receiver="jetson-1", policy="kv", quality_floor=0.0)
-        await asking.planned.wait()
-        await bytes_are_flowing(link)
+    async with cache_on_its_way(amqtt_site) as (asking, link):
         await link.cut()
         await link.restore()
         report = await asking.task
@@ -85,51 +87,31 @@ async def test_a_link_that_is_cut_for_a_moment_loses_nothing(amqtt_site: Site) -
 
 
 async def test_a_receiver_that_dies_ends_the_question_with_its_name(amqtt_site: Site) -> None:
-    site = amqtt_site
-    async with slow_link(site) as link:
-        await site.start_agent("pi-1", texts={"north": text(1, words=160)}, port=link.port)
-        await site.start_agent("jetson-1")
-        await site.until_ready()
-        asking = Asking(site, sources=["pi-1"], receiver="jetson-1", policy="kv", quality_floor=0.0)
-        await asking.planned.wait()
-        await bytes_are_flowing(link)
-        await site.kill("jetson-1")
+    async with cache_on_its_way(amqtt_site) as (asking, _):
+        await amqtt_site.kill("jetson-1")
         report = await asking.task
     assert report.state == "failed"
     assert "jetson-1 went offline" in report.reason
 
 
 async def test_a_coordinator_that_is_killed_and_restarted_ends_what_it_had_taken(site: Site) -> None:
-    async with slow_link(site) as link:
-        await site.start_agent("pi-1", texts={"north": text(1, words=160)}, port=link.port)
-        await site.start_agent("jetson-1")
-        await site.until_ready()
-        asking = Asking(site, sources=["pi-1"], receiver="jetson-1", policy="kv", quality_floor=0.0)
-        await asking.planned.wait()
-        await bytes_are_flowing(link)
+    async with cache_on_its_way(site) as (asking, _):
         await site.kill("coordinator")
         await site.start_coordinator()
         report = await asking.task
         assert report.state == "failed"
         assert "restarted while this question was in flight" in report.reason
-        again = await site.client.ask(QUESTION, sources=["pi-1"], receiver="jetson-1", policy="token")
+        again = await answer_as_text(site)
     assert again.state == "answered"
 
 
 async def test_a_withdrawn_question_is_cancelled_everywhere(amqtt_site: Site) -> None:
-    site = amqtt_site
-    async with slow_link(site) as link:
-        await site.start_agent("pi-1", texts={"north": text(1, words=160)}, port=link.port)
-        await site.start_agent("jetson-1")
-        await site.until_ready()
-        asking = Asking(site, sources=["pi-1"], receiver="jetson-1", policy="kv", quality_floor=0.0)
-        await asking.planned.wait()
-        await bytes_are_flowing(link)
+    async with cache_on_its_way(amqtt_site) as (asking, _):
         asking.task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking.task
-        await until_true(lambda: "cancelled" in (site.folder / "pi-1.log").read_text())
-        after = await site.client.ask(QUESTION, sources=["pi-1"], receiver="jetson-1", policy="token")
+        await until_true(lambda: "cancelled" in (amqtt_site.folder / "pi-1.log").read_text())
+        after = await answer_as_text(amqtt_site)
     assert after.state == "answered"
 
 
