@@ -63,7 +63,6 @@ class Library:
         async with self._changing:
             files = await asyncio.to_thread(_stamps, self._folder)
             for file in [file for file in self._seen if file not in files]:
-                del self._seen[file]
                 self._forget(Path(file).stem)
             for file, stamp in files.items():
                 if self._seen.get(file) == stamp:

@@ -96,7 +96,7 @@ class LinkMeter:
     async def probe(self) -> None:
         """Measure once. Raises BusError, TimeoutError."""
         round_trip_s = await self._bounce(0)
-        size = self._probe_bytes
+        size, self._probe_bytes = self._probe_bytes, SMALLEST_PROBE_BYTES  # one that is lost is not repeated at its size
         self._sequence += 1
         start = time.perf_counter()
         probe = Probe(sequence=self._sequence, padding=bytes(size))
@@ -104,6 +104,7 @@ class LinkMeter:
         up_s = time.perf_counter() - start
         both_s = await self._bounce(size)
         if self._transfers:  # one began meanwhile: these seconds say nothing
+            self._probe_bytes = size
             return
         self._round_trip_s.add(round_trip_s)
         uplink_bps = self._uplink_bps.add(8 * size / max(up_s - round_trip_s, up_s / 10))
