@@ -85,7 +85,7 @@ def load_toml(path: Path, type: type[S]) -> S:  # noqa: A002  (the field's own w
         missing = re.fullmatch(r"Object missing required field `(\w+)`", what)
         if missing:
             raise ConfigurationError(f"{path}: missing field {_joined(field, missing[1])}") from None
-        raise ConfigurationError(f"{path}: {field}: {what[:1].lower()}{what[1:]}") from None
+        raise ConfigurationError(f"{path}: {f'{field}: ' if field else ''}{what[:1].lower()}{what[1:]}") from None
 
 
 def describe(type: type[Struct]) -> str:  # noqa: A002

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import getpass
 import logging
+import os
 import secrets
 import signal
 import sys
@@ -18,12 +19,13 @@ import structlog
 import typer
 from rich.console import Console
 
-from broker_config.broker import EmbeddedBroker
-from broker_config.errors import BusError
-from broker_config.messages import DEFAULT_QUALITY_FLOOR, Ended, Piece, Planned, RoundEvent
+from broker_config.broker import EmbeddedBroker, is_loopback
+from broker_config.errors import BrokerRefusedToStart, BusError
+from broker_config.messages import DEFAULT_QUALITY_FLOOR, Ended, Piece, Planned, RoundEvent, RoundReport
 from broker_config.mosquitto import render
 from broker_config.settings import describe, load_toml
 from broker_config.users import add_user
+from broker_config.users import users as names_in
 from coordinator.client import Client
 from coordinator.errors import CoordinatorError
 from coordinator.service import Coordinator
@@ -46,13 +48,19 @@ Configuration = Annotated[
     typer.Option("--config", "-c", help="TOML file; `coordinator config` prints one. Without it: the defaults."),
 ]
 DEFAULT_USERS = Path("~/.config/kvbus/users")
+USERS_HELP = f"Users file, as `coordinator add-agent` makes it (default: none on loopback, beyond it {DEFAULT_USERS})."
 
 
 @app.command()
 def run(configuration: Configuration = None) -> None:
     """Run the coordinator of a site until it is stopped (Ctrl-C or SIGTERM)."""
     _set_up_logs()
-    _do(_until_stopped(Coordinator(_settings(configuration)).run()))
+    settings = _settings(configuration)
+
+    async def work() -> None:
+        await Coordinator(settings).run()
+
+    _do(_until_stopped(work()))
 
 
 @app.command()
@@ -83,13 +91,13 @@ def ask(
         match event:
             case Planned(report=report):
                 for line in plan_lines(report):
-                    console.print(f"[dim]{line}[/dim]")
+                    console.print(line, style="dim", markup=False)
             case Piece(text=text):
                 console.print(text, end="", markup=False)
             case Ended(report=report):
                 console.print()
                 for line in outcome_lines(report):
-                    console.print(f"[dim]{line}[/dim]")
+                    console.print(line, style="dim", markup=False)
 
     async def work() -> None:
         async with Client(broker=settings.broker, site=settings.site) as client:
@@ -104,7 +112,7 @@ def ask(
                 on_event=show,
             )
         if json_file:
-            json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report)))
+            _write_json(json_file, report)
         if report.state != "answered":
             typer.echo(f"coordinator: {report.state}: {report.reason}", err=True)
             raise typer.Exit(1)
@@ -138,7 +146,8 @@ def give(
         try:
             text = await asyncio.to_thread(file.read_text, encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise CoordinatorError(f"can't read {file}: {error}") from None
+            why = error.strerror if isinstance(error, OSError) and error.strerror else "not UTF-8 text"
+            raise CoordinatorError(f"can't read {file}: {why}") from None
         async with Client(broker=settings.broker, site=settings.site) as client:
             held = await client.give(agent, name or file.stem, text)
         console.print(f"{agent} holds " + ", ".join(f"{context.name} ({context.tokens} tokens)" for context in held))
@@ -167,15 +176,13 @@ def remove(
 def broker(
     host: Annotated[str, typer.Option(help="Address to listen on; beyond loopback only with users.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="TCP port.")] = 1883,
-    users: Annotated[
-        Path | None, typer.Option(help="Users file, as `coordinator add-agent` makes it (default on loopback: none).")
-    ] = None,
+    users: Annotated[Path | None, typer.Option(help=USERS_HELP)] = None,
 ) -> None:
     """Run the embedded MQTT broker (for one machine, or a few; for more use Mosquitto)."""
     _set_up_logs()
 
     async def work() -> None:
-        async with EmbeddedBroker(host, port, users):
+        async with EmbeddedBroker(host, port, _users(host, users)):
             structlog.get_logger().info("broker listens", host=host, port=port)
             await asyncio.Event().wait()
 
@@ -186,12 +193,12 @@ def broker(
 def mosquitto_config(
     host: Annotated[str, typer.Option(help="Address to listen on; beyond loopback only with users.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="TCP port.")] = 1883,
-    users: Annotated[Path | None, typer.Option(help="Users file, as `coordinator add-agent` makes it.")] = None,
+    users: Annotated[Path | None, typer.Option(help=USERS_HELP)] = None,
     persistence: Annotated[Path | None, typer.Option(help="Folder in which the broker keeps sessions.")] = None,
 ) -> None:
     """Print a mosquitto.conf for this system: `coordinator mosquitto-config > kvbus.conf; mosquitto -c kvbus.conf`."""
     try:
-        typer.echo(render(host, port, users, persistence), nl=False)
+        typer.echo(render(host, port, _users(host, users), persistence), nl=False)
     except BusError as error:
         _fail(error)
 
@@ -208,13 +215,12 @@ def add_agent(
 ) -> None:
     """Add a user to the broker: writes the users file, and the password to a file for the agent's configuration."""
     users = users.expanduser()
-    target = password_file or users.parent / f"{name}.password"
+    target = (password_file or users.parent / f"{name}.password").expanduser()
     password = getpass.getpass(f"password of {name}: ") if ask_password else secrets.token_urlsafe(24)
     try:
         users.parent.mkdir(parents=True, exist_ok=True)
         add_user(users, name, password)
-        target.touch(mode=0o600)
-        target.write_text(password + "\n")
+        _write_secret(target, password + "\n")
     except (OSError, ValueError, BusError) as error:
         _fail(error)
     typer.echo(f"user {name} added to {users}; password in {target}")
@@ -234,13 +240,35 @@ def _settings(path: Path | None) -> CoordinatorSettings:
         _fail(error)
 
 
+def _users(host: str, users: Path | None) -> Path | None:
+    """The users file of a broker: the one that was named, or, beyond loopback, the one that add-agent writes."""
+    if users is None:
+        return None if is_loopback(host) else DEFAULT_USERS.expanduser()
+    if not names_in(users.expanduser()):
+        raise BrokerRefusedToStart(f"{users} holds no users; run `coordinator add-agent NAME --users {users}` first")
+    return users.expanduser()
+
+
+def _write_secret(path: Path, text: str) -> None:
+    """For nobody's eyes but ours, also where the file was there before. Raises OSError."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        os.fchmod(descriptor, 0o600)
+        file.write(text)
+
+
+def _write_json(path: Path, report: RoundReport) -> None:
+    try:
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(report)))
+    except OSError as error:
+        raise CoordinatorError(f"can't write {path}: {error.strerror or error}") from None
+
+
 def _do(work: Coroutine[Any, Any, None]) -> None:
     """Run it; a mistake of a person's is one line."""
     try:
         asyncio.run(work)
     except (CoordinatorError, BusError) as error:
-        _fail(error)
-    except msgspec.ValidationError as error:
         _fail(error)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None

@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 
 from broker_config import topics
 from broker_config.bus import MqttBus, request
-from broker_config.errors import RequestTimeout
+from broker_config.errors import BusError, RequestTimeout
 from broker_config.messages import (
     DEFAULT_QUALITY_FLOOR,
     AddContext,
@@ -37,6 +37,7 @@ from broker_config.messages import (
     new_id,
 )
 from broker_config.settings import BrokerSettings
+from coordinator.checks import check, check_agent
 from coordinator.errors import CoordinatorMissing, RequestRefused
 from coordinator.fleet import Fleet, apply
 
@@ -87,11 +88,9 @@ class Client:
     ) -> RoundReport:
         """Ask, and wait for the end. on_event sees the plan, the pieces of the answer, and the end as they come.
 
-        Raises RequestRefused (with the coordinator's reason), CoordinatorMissing, RequestTimeout after timeout_s.
-        Cancelled, it withdraws the question.
+        Raises RequestImpossible, RequestRefused (with the coordinator's reason), CoordinatorMissing, RequestTimeout
+        after timeout_s. Cancelled or out of time, it withdraws the question.
         """
-        await self.coordinator()
-        ended: asyncio.Future[Ended | Refused] = asyncio.get_running_loop().create_future()
         ask_ = Ask(
             request=new_id(),
             client=self._name,
@@ -103,6 +102,9 @@ class Client:
             quality_floor=quality_floor,
             max_new_tokens=max_new_tokens,
         )
+        check(ask_)
+        await self.coordinator()
+        ended: asyncio.Future[Ended | Refused] = asyncio.get_running_loop().create_future()
 
         def take(event: RoundEvent, _: Mapping[str, str]) -> None:
             if _request_of(event) != ask_.request:
@@ -118,9 +120,10 @@ class Client:
                 await self._bus.publish(topics.REQUESTS, ask_)
                 event = await ended
         except TimeoutError:
+            await self._withdraw(ask_.request)
             raise RequestTimeout(topics.REQUESTS.at(site=self._site), timeout_s) from None
         except asyncio.CancelledError:
-            await asyncio.shield(self._bus.publish(topics.REQUESTS, CancelAsk(request=ask_.request)))
+            await asyncio.shield(self._withdraw(ask_.request))
             raise
         finally:
             await subscription.close()
@@ -146,9 +149,13 @@ class Client:
             await subscription.close()
 
     async def give(self, agent: str, name: str, text: str) -> tuple[ContextInfo, ...]:
-        """Have an agent hold a text; the coordinator keeps a copy. What the agent holds then. Raises RequestRefused."""
-        await self.coordinator()
+        """Have an agent hold a text; the coordinator keeps a copy. What the agent holds then.
+
+        Raises RequestImpossible, RequestRefused, CoordinatorMissing, RequestTimeout.
+        """
         message = GiveContext(correlation=new_id(), client=self._name, agent=agent, name=name, text=text)
+        check(message)
+        await self.coordinator()
         reply = await request(
             self._bus,
             topics.REQUESTS,
@@ -187,7 +194,14 @@ class Client:
             await asyncio.sleep(settle_s)
             return watch.fleet
 
+    async def _withdraw(self, request: str) -> None:
+        """Nobody waits for the answer any more; if that can't be said, the question ends by its own time-out."""
+        with suppress(BusError):
+            await self._bus.publish(topics.REQUESTS, CancelAsk(request=request))
+
     async def _order(self, agent: str, order: AddContext | RemoveContext | ListContexts) -> tuple[ContextInfo, ...]:
+        check(order)
+        check_agent(agent)
         reply = await request(
             self._bus,
             topics.ORDERS,

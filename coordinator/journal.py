@@ -16,7 +16,6 @@ from msgspec import Struct
 from broker_config.messages import Ask
 from coordinator.errors import JournalUnwritable
 
-
 COMPACT_BYTES = 1_000_000
 
 

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from broker_config.messages import Ask
+from broker_config.messages.base import COORDINATOR
 from coordinator.errors import RequestImpossible
 from coordinator.fleet import Fleet, link_channels, resolve_source
 from coordinator.policy import PlanRequest, PressureCaps, RequestPlan, build_scenario, get_policy
@@ -13,7 +14,6 @@ from coordinator.round import LocalSource, Round
 from coordinator.settings import CoordinatorSettings
 from coordinator.texts import Texts
 
-COORDINATOR = "coordinator"
 HOLDERS = 64
 """As many as an order may name."""
 

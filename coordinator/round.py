@@ -24,6 +24,7 @@ from broker_config.messages import (
     Stages,
     new_id,
 )
+from coordinator.fleet import Fleet
 from coordinator.policy import LinkPlan, RequestPlan
 
 LEAST_PART_TIMEOUT_S = 4.0
@@ -165,6 +166,21 @@ class Round:
         if not self.done.is_set():
             self.stopped = (state, reason)
             self.done.set()
+
+    def receiver_gone(self, fleet: Fleet, now_s: float, *, listening_since_s: float, expiry_s: float) -> str:
+        """Why the receiver will never answer, or "".
+
+        It was started anew, and so knows nothing of its order; or it could have been heard for expiry_s and was not.
+        That it, or its will, said "offline" is not enough: it may be back in a moment, its work still going on.
+        """
+        receiver = self.ask.receiver
+        state = fleet.agents.get(receiver)
+        if state is not None and state.instance != self.receiver_instance:
+            return f"{receiver} was restarted while it was answering; ask again"
+        heard_s = max(state.last_seen_s, listening_since_s) if state else listening_since_s
+        if now_s - heard_s > expiry_s:
+            return f"{receiver} went offline while it was answering; ask again when it is back"
+        return ""
 
     def report(self, state: Literal["planned"] | EndOfRound, reason: str = "") -> RoundReport:
         """As things stand."""

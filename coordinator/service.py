@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Coroutine, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import structlog
 
@@ -36,19 +36,18 @@ from broker_config.messages import (
     TextRequest,
     new_id,
 )
+from broker_config.messages.base import COORDINATOR
 from coordinator.errors import CoordinatorError, RequestImpossible
 from coordinator.fleet import Fleet, apply, expire
 from coordinator.journal import InFlight, Journal
-from coordinator.planning import COORDINATOR, plan_round
+from coordinator.planning import plan_round
 from coordinator.policy import POLICIES, get_policy
 from coordinator.round import EndOfRound, Round
 from coordinator.settings import CoordinatorSettings
-from coordinator.telling import Teller
+from coordinator.telling import Teller, publish_or_log
 from coordinator.texts import Texts
 
 log = structlog.get_logger()
-
-M = TypeVar("M")
 
 OUTCOME_GRACE_S = 1.0
 """After the answer, senders' outcomes may still be on their way; the report waits for them so long."""
@@ -128,11 +127,14 @@ class Coordinator:
                 self._remember(request.request)
                 self._spawn(self._ask(request, _now_s()), f"round {request.request}")
             case CancelAsk():
-                round_ = self._rounds.get(request.request)
-                if round_ is not None:
-                    round_.stop("cancelled", "withdrawn by the asker")
+                self._spawn(self._withdraw(request.request), f"withdrawal of {request.request}")
             case GiveContext():
                 self._spawn(self._give(request), f"give {request.name}")
+
+    async def _withdraw(self, request: str) -> None:
+        """A task as `_ask` is, so that it comes after a question that arrived right before it."""
+        if request in self._rounds:
+            self._rounds[request].stop("cancelled", "withdrawn by the asker")
 
     async def _ask(self, ask: Ask, accepted_s: float) -> None:
         """Plan, order, follow: exactly one of Refused and Ended is told, whatever happens."""
@@ -175,8 +177,7 @@ class Coordinator:
         self._spawn(self._teller.tell(ask.client, planned), f"plan of {ask.request}")
         try:
             async with asyncio.timeout(timeout_s):
-                order = round_.answer_order(timeout_s)
-                await self._bus.publish(topics.ORDERS, order, agent=ask.receiver)
+                await self._bus.publish(topics.ORDERS, round_.answer_order(timeout_s), agent=ask.receiver)
                 for agent, send in round_.send_orders(timeout_s):
                     await self._bus.publish(topics.ORDERS, send, agent=agent)
                 await round_.done.wait()
@@ -202,7 +203,7 @@ class Coordinator:
     async def _end(self, round_: Round, state: EndOfRound, reason: str) -> None:
         report = round_.report(state, reason)
         self._rounds.pop(report.request, None)
-        log.info("ended", request=report.request, state=state, e2e_s=report.e2e_s, predicted_s=report.predicted_e2e_s)
+        log.info("ended", request=report.request, state=state, e2e_s=report.e2e_s, reason=report.reason)
         await self._conclude(round_.ask, report)
 
     async def _end_left_over(self, entry: InFlight) -> None:
@@ -237,41 +238,26 @@ class Coordinator:
             log.error("journal", error=str(error))
 
     def _watch(self) -> None:
-        """A receiver that fell silent, or that was started anew and so knows nothing of its orders, ends its rounds."""
-        now_s = _now_s()
+        """A receiver that is gone ends its rounds."""
+        now_s, since_s, expiry_s = _now_s(), self._listening_since_s, self._settings.planning.expiry_s
         self._fleet = expire(self._fleet, now_s)
+        if since_s is None:
+            return  # silence says nothing to the deaf
         for round_ in self._rounds.values():
-            receiver = round_.ask.receiver
-            state = self._fleet.agents.get(receiver)
-            if state is not None and state.instance != round_.receiver_instance:
-                round_.stop("failed", f"{receiver} was restarted while it was answering; ask again")
-            elif self._silent(receiver, now_s):
-                round_.stop("failed", f"{receiver} went offline while it was answering; ask again when it is back")
-
-    def _silent(self, agent: str, now_s: float) -> bool:
-        """Whether an agent could have been heard for expiry_s and was not. Its will alone is no silence: it may be back
-        in a moment, with its work going on."""
-        if self._listening_since_s is None:
-            return False
-        state = self._fleet.agents.get(agent)
-        heard_s = state.last_seen_s if state else 0.0
-        return now_s - max(heard_s, self._listening_since_s) > self._settings.planning.expiry_s
+            if gone := round_.receiver_gone(self._fleet, now_s, listening_since_s=since_s, expiry_s=expiry_s):
+                round_.stop("failed", gone)
 
     async def _give(self, request: GiveContext) -> None:
         """Keep a copy of the text, and have the agent hold it; the agent answers the client itself."""
-        error = ""
         try:
             self._fleet.require_online(request.agent, _now_s(), self._settings.planning.expiry_s)
             self._texts.keep(request.agent, request.name, request.text)
-            order = AddContext(
-                correlation=request.correlation, client=request.client, name=request.name, text=request.text
-            )
+            known, text = request.correlation, request.text
+            order = AddContext(correlation=known, client=request.client, name=request.name, text=text)
             await self._bus.publish(topics.ORDERS, order, agent=request.agent)
         except (CoordinatorError, BusError) as failed:
-            error = str(failed)
-        if error:
-            reply = ContextReply(correlation=request.correlation, agent=request.agent, error=error[:1024])
-            await self._publish(topics.REPLIES, reply, client=request.client)
+            reply = ContextReply(correlation=request.correlation, agent=request.agent, error=str(failed)[:1024])
+            await publish_or_log(self._bus, topics.REPLIES, reply, client=request.client)
 
     def _heard(self, event: Presence | Telemetry, topic: Mapping[str, str]) -> None:
         if not _is_own(event, topic):
@@ -299,7 +285,7 @@ class Coordinator:
     async def _answer_text(self, request: TextRequest) -> None:
         text = self._texts.find(self._fleet, request.context_id)
         reply = TextReply(request=request.request, transfer=request.transfer, context_id=request.context_id, text=text)
-        await self._publish(topics.ORDERS, reply, agent=request.agent)
+        await publish_or_log(self._bus, topics.ORDERS, reply, agent=request.agent)
 
     def _piece(self, piece: AnswerPiece, topic: Mapping[str, str]) -> None:
         round_ = self._rounds.get(piece.request) if _is_own(piece, topic) else None
@@ -309,16 +295,9 @@ class Coordinator:
 
     async def _cancel_orders(self, agents: Iterable[str], request: str, reason: str) -> None:
         for agent in agents:
-            await self._publish(topics.ORDERS, CancelOrder(request=request, reason=reason[:1024]), agent=agent)
-
-    async def _publish(self, topic: topics.Topic[M], message: M, **parameters: str) -> bool:
-        """Publish; a failure is logged, since there is nobody else to tell."""
-        try:
-            await self._bus.publish(topic, message, **parameters)
-        except BusError as error:
-            log.warning("not published", topic=topic.pattern, error=str(error))
-            return False
-        return True
+            await publish_or_log(
+                self._bus, topics.ORDERS, CancelOrder(request=request, reason=reason[:1024]), agent=agent
+            )
 
     def _presence(self, state: str) -> CoordinatorPresence:
         online = state == "online"
@@ -348,16 +327,16 @@ class Coordinator:
             log.error("a fault of ours", task=task.get_name(), error=repr(error))
 
     async def _stop(self) -> None:
-        """End every question honestly, say goodbye."""
+        """End every question honestly, say goodbye; without a broker, leave both to the journal and to the will."""
         self._stopping = True
         self._teller.close()
         for round_ in self._rounds.values():
             round_.stop("cancelled", "the coordinator was stopped; ask again")
         try:
-            async with asyncio.timeout(STOP_S):
+            async with asyncio.timeout(STOP_S if self._listening_since_s is not None else 0):
                 while self._tasks:
                     await asyncio.wait(self._tasks)
-                await self._publish(topics.COORDINATOR, self._presence("offline"))
+                await publish_or_log(self._bus, topics.COORDINATOR, self._presence("offline"))
         except TimeoutError:
             log.warning("stopped without having told everything", left=len(self._tasks))
         for task in tuple(self._tasks):

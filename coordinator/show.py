@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rich.markup import escape
 from rich.table import Table
 
 from broker_config.messages import LinkReport, RoundReport, Stages
@@ -96,13 +97,13 @@ def fleet_table(fleet: Fleet) -> Table:
         telemetry, model = state.telemetry, state.model
         online = fleet.online(agent, state.last_seen_s)
         if telemetry is None or not online:
-            table.add_row(agent, "offline", model.name if model else "–", *["–"] * 5)
+            table.add_row(agent, "offline", escape(model.name) if model else "–", *["–"] * 5)
             continue
         link, speed = telemetry.link, telemetry.speed
         table.add_row(
             agent,
             "two agents share this id!" if state.duplicate or telemetry.note else "online",
-            f"{model.name} {model.weight_precision}" if model else "–",
+            escape(f"{model.name} {model.weight_precision}") if model else "–",
             f"{telemetry.memory.pressure:.2f}",
             f"{rate(link.uplink_bps or 0)} / {rate(link.downlink_bps or 0)}",
             f"{link.round_trip_s * 1000:.0f} ms" if link.round_trip_s is not None else "–",

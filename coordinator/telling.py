@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import TypeVar
 
 import structlog
 
@@ -12,6 +13,8 @@ from broker_config.errors import BusError, MessageRejected
 from broker_config.messages import Ended, Piece, Planned, Refused
 
 log = structlog.get_logger()
+
+M = TypeVar("M")
 
 UNTOLD_S = 600.0
 """An end that can't be told, since the broker is away, is tried again for so long; no asker waits longer."""
@@ -33,10 +36,7 @@ class Teller:
     async def tell(self, client: str, event: Planned | Piece) -> None:
         """Tell what the end makes up for, should it get lost."""
         async with self._turn:
-            try:
-                await self._bus.publish(topics.EVENTS, event, client=client)
-            except BusError as error:
-                log.warning("an event was not told", client=client, error=str(error))
+            await publish_or_log(self._bus, topics.EVENTS, event, client=client)
 
     async def tell_end(self, client: str, event: Ended | Refused) -> bool:
         """Tell an end, again and again while the broker is away. Whether there is nothing left to tell."""
@@ -55,3 +55,11 @@ class Teller:
                 await asyncio.sleep(AGAIN_S)
                 continue
             return True
+
+
+async def publish_or_log(bus: Bus, topic: topics.Topic[M], message: M, **parameters: str) -> None:
+    """Publish; a failure is logged, since there is nobody else to tell."""
+    try:
+        await bus.publish(topic, message, **parameters)
+    except BusError as error:
+        log.warning("not published", topic=topic.pattern, error=str(error))

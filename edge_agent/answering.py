@@ -55,7 +55,7 @@ class Answering:
         live = await self._engine.join(caches)
         del caches
         waiting = time.perf_counter()
-        async with self._engine.turns.turn(order.asker), self._pieces(order) as pieces:
+        async with self._pieces(order) as pieces, self._engine.turns.turn(order.asker):
             begin = time.perf_counter()
             answer.queued_s = begin - waiting
             logits, answer.question_s = await self._engine.first_token(live, question_ids)

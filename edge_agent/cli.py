@@ -50,7 +50,9 @@ def run(
     """Run an agent until it is stopped (Ctrl-C or SIGTERM)."""
     logs.set_up(log.value, plain=plain)
     try:
-        asyncio.run(_until_stopped(Agent(load_toml(configuration, AgentSettings))))
+        settings = load_toml(configuration, AgentSettings)
+        settings.broker.password()  # a file that is missing now is a mistake, later it is waited for
+        asyncio.run(_until_stopped(Agent(settings)))
     except (AgentError, BusError) as error:
         typer.echo(f"edge-agent: {error}", err=True)
         raise typer.Exit(1) from None

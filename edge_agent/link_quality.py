@@ -96,7 +96,10 @@ class LinkMeter:
     async def probe(self) -> None:
         """Measure once. Raises BusError, TimeoutError."""
         round_trip_s = await self._bounce(0)
-        size, self._probe_bytes = self._probe_bytes, SMALLEST_PROBE_BYTES  # one that is lost is not repeated at its size
+        size, self._probe_bytes = (
+            self._probe_bytes,
+            SMALLEST_PROBE_BYTES,
+        )  # one that is lost is not repeated at its size
         self._sequence += 1
         start = time.perf_counter()
         probe = Probe(sequence=self._sequence, padding=bytes(size))
@@ -107,9 +110,9 @@ class LinkMeter:
             self._probe_bytes = size
             return
         self._round_trip_s.add(round_trip_s)
-        uplink_bps = self._uplink_bps.add(8 * size / max(up_s - round_trip_s, up_s / 10))
-        downlink_bps = self._downlink_bps.add(8 * size / max(both_s - up_s, both_s / 20))
-        slowest = min(uplink_bps, downlink_bps)
+        up_bps = 8 * size / max(up_s - round_trip_s, up_s / 10)
+        down_bps = 8 * size / max(both_s - up_s, both_s / 20)
+        slowest = min(up_bps, down_bps, self._uplink_bps.add(up_bps), self._downlink_bps.add(down_bps))
         self._probe_bytes = int(min(max(slowest * PROBE_TARGET_S / 8, SMALLEST_PROBE_BYTES), LARGEST_PROBE_BYTES))
 
     async def _bounce(self, size: int) -> float:

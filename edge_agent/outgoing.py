@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Iterator
+from typing import Literal
 
 from broker_config import topics
 from broker_config.bus import Bus
@@ -40,24 +41,25 @@ class Outgoing:
         state: EndState = "refused"
         reason, sent = "", None
         try:
-            async with asyncio.timeout(order.expires_s):
-                sent = await self._send(job)
+            sent = await self._send(job)
             state = "delivered"
         except TransferError as error:
             state, reason = error.state, error.reason
         except (AgentError, BusError) as error:
             reason = str(error)
-            await self._abort(order, reason)
+            await self._abort(order, "cancelled", reason)
         except TimeoutError:
             state, reason = "expired", f"not sent within {order.expires_s:g} s"
-            await self._abort(order, reason)
+            await self._abort(order, "expired", reason)
         except asyncio.CancelledError:
-            await last_words(self._report(job, "cancelled", "cancelled by order", None))
+            await last_words(self._cancelled(job))
             raise
         await self._report(job, state, reason, sent)
 
     async def _send(self, job: _Job) -> Sent:
         order = job.order
+        clock = asyncio.get_running_loop().time
+        deadline_s = clock() + order.expires_s
         rung = recipe(order.rung)
         held = self._store.get(order.context_id)
         if order.own_tokens > len(held.ids):
@@ -67,7 +69,8 @@ class Outgoing:
         )
         job.payload_bytes = header.payload_bytes()
         with self._store.pinned(held.context_id), self._link.transferring():
-            cache = await self._cache(job, held) if order.own_tokens < len(held.ids) else None
+            async with asyncio.timeout_at(deadline_s):
+                cache = await self._cache(job, held) if order.own_tokens < len(held.ids) else None
             sent = await send(
                 bulk=self._bulk,
                 control=self._control,
@@ -79,7 +82,7 @@ class Outgoing:
                 total_bytes=job.payload_bytes,
                 chunk_bytes=order.chunk_bytes,
                 rate_bps=order.rate_bps,
-                expires_s=order.expires_s,
+                expires_s=max(0.0, round(deadline_s - clock(), 3)),
             )
         self._engine.meter.encode(cache.elements if cache else 0, job.encode_s)
         self._link.sent(sent.wire_bytes, sent.transfer_s)
@@ -110,9 +113,13 @@ class Outgoing:
                 return
             yield piece
 
-    async def _abort(self, order: SendOrder, reason: str) -> None:
+    async def _cancelled(self, job: _Job) -> None:
+        reason = "cancelled by order"
+        await asyncio.gather(self._abort(job.order, "cancelled", reason), self._report(job, "cancelled", reason, None))
+
+    async def _abort(self, order: SendOrder, state: Literal["cancelled", "expired"], reason: str) -> None:
         """Tell the receiver, so that it need not wait for the time-out."""
-        abort = Abort(transfer=order.transfer, reason=reason[:1024])
+        abort = Abort(transfer=order.transfer, reason=reason[:1024], state=state)
         try:
             await self._bulk.publish(topics.BULK, abort, receiver=order.receiver, sender=self._agent)
         except BusError as error:

@@ -11,19 +11,18 @@ from broker_config import topics
 from broker_config.bus import Bus
 from broker_config.errors import BusError, TransferError, TransferExpired
 from broker_config.messages import AnswerOrder, EndState, Part, PartOutcome, SendOrder, TextReply, TextRequest, new_id
+from broker_config.messages.base import COORDINATOR
 from broker_config.transfer import Inbox, Incoming
 from edge_agent.engine import Engine
 from edge_agent.errors import AgentError, ContextUnknown, PayloadRejected
 from edge_agent.kv.cache import Cache, concatenate
+from edge_agent.kv.payload import Header
 from edge_agent.kv.reader import PayloadReader
 from edge_agent.link_quality import LinkMeter
 from edge_agent.memory import ContextStore
 from edge_agent.model.exchange import expectation
 
 log = logging.getLogger(__name__)
-
-COORDINATOR = "coordinator"
-"""The text holder that is the coordinator itself."""
 
 
 @dataclass
@@ -162,17 +161,12 @@ class Parts:
             raise
         finally:
             incoming.close()
-        header = reader.header
-        if header is None or header.context_id != progress.part.context_id:
-            raise PayloadRejected("context_id", "is of another context than was ordered")
-        if received is not None:
-            self._engine.meter.decode_payload(received.elements, progress.decode_s)
-        if not header.own_tokens:
-            if received is None:
-                raise PayloadRejected("tokens", "there are none")
-            return received
+        header = _ordered(reader.header, received, progress.part)
         if received is None:
             return await self._prefill(order, progress, header.ids())
+        self._engine.meter.decode_payload(received.elements, progress.decode_s)
+        if not header.own_tokens:
+            return received
         own, progress.prefill_s = await self._engine.prefill_context(header.ids(), order.asker)
         return concatenate([own, received])
 
@@ -201,3 +195,14 @@ class Parts:
             raise PayloadRejected("own_ids", "are not the tokens of the context that was ordered")
         cache, progress.prefill_s = await self._engine.prefill_context(ids, order.asker)
         return cache
+
+
+def _ordered(header: Header | None, received: Cache | None, part: Part) -> Header:
+    """The header of a payload that is the context that was ordered, and all of it. Raises PayloadRejected."""
+    if header is None or header.context_id != part.context_id:
+        raise PayloadRejected("context_id", "is of another context than was ordered")
+    if header.tokens != part.tokens:
+        raise PayloadRejected("tokens", f"{header.tokens} of a context of {part.tokens}")
+    if received is not None and header.own_tokens + received.entries != header.tokens:
+        raise PayloadRejected("sent_layers", f"carry {received.entries} of {header.tokens - header.own_tokens} entries")
+    return header

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from broker_config.messages.base import AgentId
+from broker_config.messages.base import COORDINATOR, AgentId
 from broker_config.settings import BrokerSettings
 
 
@@ -68,6 +68,10 @@ class AgentSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     compute: Annotated[ComputeSettings, Meta(title="the model")] = ComputeSettings()
     memory: Annotated[MemorySettings, Meta(title="memory")] = MemorySettings()
     telemetry: Annotated[TelemetrySettings, Meta(title="telemetry")] = TelemetrySettings()
+
+    def __post_init__(self) -> None:
+        if self.agent == COORDINATOR:
+            raise ValueError(f"agent: {COORDINATOR} is the coordinator's own name; choose another")
 
     @property
     def bundle_path(self) -> Path:

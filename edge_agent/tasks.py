@@ -46,12 +46,13 @@ class Tasks:
     def cancel(self, request: str) -> int:
         """Cancel what runs for a request; how many tasks that were."""
         found = [task for task, owner in self._running.items() if owner == request]
-        for task in found:
-            task.cancel()
+        for task in found:  # soon, not now: one that was never begun would end without a word
+            asyncio.get_running_loop().call_soon(task.cancel)
         return len(found)
 
     async def close(self) -> None:
         """Cancel everything and wait for its end."""
+        await asyncio.sleep(0)  # what was started just now begins, so that it can report its end
         tasks = list(self._running)
         for task in tasks:
             task.cancel()

@@ -13,6 +13,9 @@ from msgspec import Meta, Struct
 
 PROTOCOL_VERSION = 1
 
+COORDINATOR = "coordinator"
+"""Where an agent's id may stand for the coordinator itself, this is its name; no agent may have it."""
+
 Id = Annotated[str, Meta(pattern="^[0-9a-f]{16}\\Z", title="identifier", description="16 hexadecimal digits")]
 Digest = Annotated[
     str, Meta(pattern="^[0-9a-f]{32}\\Z", title="digest", description="128 bits of SHA-256 in hexadecimal")

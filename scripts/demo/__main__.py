@@ -134,7 +134,7 @@ def _wire_bytes(report: RoundReport) -> int:
 
 def _closing_table(played: list[Played]) -> Table:
     table = Table(title="by policy: the same questions, links, memory and quality floor")
-    for column in ("policy", "mean E2E", "worst E2E", "median prediction error", "on the wire", "right", "fallbacks"):
+    for column in ("policy", "mean E2E", "worst E2E", "predicted within", "on the wire", "right", "fallbacks"):
         table.add_column(column, justify="left" if column == "policy" else "right")
     for policy in POLICIES:
         mine = [each for each in played if each.policy == policy]

@@ -16,6 +16,7 @@ from edge_agent.kv.cache import Float32
 from edge_agent.model.session import LiveContext, Model
 from edge_agent.model.text import AnswerText, Text
 from tests import tiny
+from tests.edge_agent.agents import queued
 from tests.edge_agent.caches import equal
 
 CHUNK = 8
@@ -108,8 +109,7 @@ async def test_two_prefills_take_turns(engine: Engine, monkeypatch: pytest.Monke
     monkeypatch.setattr(LiveContext, "step", step)
     async with engine.turns.turn("holder"):
         work = [asyncio.create_task(engine.prefill_context([token] * 4 * CHUNK, str(token))) for token in (1, 2)]
-        while engine.turns.waiting < len(work):
-            await asyncio.sleep(0)
+        await queued(engine, len(work))
     await asyncio.gather(*work)
     assert order == [1, 2] * 4
     assert engine.turns.waiting == 0
@@ -129,8 +129,7 @@ async def test_a_short_prefill_waits_for_a_chunk_of_a_long_one_and_not_for_all(
     async with engine.turns.turn("holder"):
         long = asyncio.create_task(engine.prefill_context([1] * 6 * CHUNK, "long"))
         short = asyncio.create_task(engine.prefill_context([2] * CHUNK, "short"))
-        while engine.turns.waiting < 2:
-            await asyncio.sleep(0)
+        await queued(engine, 2)
     await short
     assert order.count(1) < 6
     await long

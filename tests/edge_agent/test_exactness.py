@@ -198,7 +198,7 @@ class Bench:
         return self._one_piece[holders]
 
     def prefix_state(self) -> State:
-        """The prefix's entries. In one run with a document they are the same: nothing before depends on what follows."""
+        """The prefix's entries: the same in a run with a document, since nothing depends on what follows."""
         return tuple(state[:, :, : len(self.prefix_ids)] for state in self.one_piece("pi-1"))
 
     def direct_answer(self, past: State, question: str) -> tuple[Floats, list[int]]:
@@ -302,7 +302,9 @@ def test_lossy_rungs_still_answer_the_questions_of_the_demo(
     same, worst = 0, 0.0
     asked = SINGLE[:3] + SEVERAL[:1]
     for each in asked:
-        reference, expected = bench.answer([bench.received(holder, "float32") for holder in each.sources], each.question)
+        reference, expected = bench.answer(
+            [bench.received(holder, "float32") for holder in each.sources], each.question
+        )
         logits, tokens = bench.answer([bench.received(holder, rung) for holder in each.sources], each.question)
         nats = kl(reference, logits)
         assert nats < floor, each.question

@@ -183,7 +183,7 @@ async def test_without_a_folder_texts_are_held_in_memory(engine: Engine) -> None
     assert place.held() == {}
 
 
-@pytest.mark.parametrize("fault", ["fsync", "replace"])
+@pytest.mark.parametrize("fault", ["os.fsync", "pathlib.Path.replace"])
 async def test_a_full_disk_is_one_line_and_leaves_everything_as_it_was(
     place: Place, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
@@ -192,7 +192,7 @@ async def test_a_full_disk_is_one_line_and_leaves_everything_as_it_was(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(*((os, "fsync") if fault == "fsync" else (Path, "replace")), full)
+    monkeypatch.setattr(fault, full)
     with pytest.raises(AgentError, match=r"north\.txt can't be written: No space left on device") as caught:
         await place.library.add("north", "New.")
     with pytest.raises(AgentError, match="can't be written"):

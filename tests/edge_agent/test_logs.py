@@ -40,12 +40,12 @@ def test_a_machine_reads_one_json_object_a_line(capsys: pytest.CaptureFixture[st
 def test_an_exception_stays_on_its_line(capsys: pytest.CaptureFixture[str]) -> None:
     logs.set_up("info")
     try:
-        raise ValueError("fault")
+        int("fault")
     except ValueError:
         logging.getLogger("x").exception("it failed")
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert "ValueError: fault" in json.loads(err)["exception"]
+    assert "ValueError: invalid literal" in json.loads(err)["exception"]
 
 
 def test_a_person_reads_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:

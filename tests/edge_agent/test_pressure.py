@@ -24,7 +24,7 @@ def system(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize(
-    ("cache_bytes", "available", "stalled", "pressure"),
+    ("caches", "available", "stalled", "pressure"),
     [
         (10, 700, "0.00", 0.3),  # the system's memory
         (80, 700, "12.50", 0.8),  # its own budget
@@ -33,15 +33,15 @@ def system(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         (0, 1_000, "0.00", 0.0),
     ],
 )
-def test_the_largest_term_is_the_pressure(
-    system: SimpleNamespace, tmp_path: Path, cache_bytes: int, available: int, stalled: str, pressure: float
+def test_the_largest_term_is_the_pressure(  # noqa: PLR0917
+    system: SimpleNamespace, tmp_path: Path, caches: int, available: int, stalled: str, pressure: float
 ) -> None:
     system.available = available
     stall = tmp_path / "memory"
     stall.write_text(PSI.format(stalled))
-    memory = measure(cache_bytes, 100, stall)
+    memory = measure(caches, 100, stall)
     assert memory.pressure == pytest.approx(pressure)
-    assert (memory.cache_bytes, memory.cache_budget_bytes) == (cache_bytes, 100)
+    assert (memory.cache_bytes, memory.cache_budget_bytes) == (caches, 100)
     assert (memory.available_bytes, memory.total_bytes) == (available, 1_000)
     assert memory.stalled_share == pytest.approx(float(stalled) / 100)
     assert memory.resident_bytes > 0

@@ -1,4 +1,4 @@
-"""The session: chunks, forks, extraction and joins are exact up to rounding, and what doesn't fit is refused by name."""
+"""The session: chunks, forks and moved caches are exact up to rounding, and what doesn't fit is refused by name."""
 
 from __future__ import annotations
 

@@ -1,0 +1,263 @@
+"""Sending: every order ends in exactly one outcome, and the receiver hears of it at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from broker_config.errors import TransferCancelled, TransferError, TransferExpired
+from broker_config.messages import Abort, CancelOrder, Open, SendOrder
+from broker_config.transfer import Inbox
+from edge_agent.kv.cache import Cache
+from edge_agent.kv.reader import decode
+from edge_agent.memory import Held
+from edge_agent.model.exchange import expectation
+from tests.edge_agent.agents import NORTH, SOUTH, Site, queued, running_site, send_order
+from tests.edge_agent.caches import equal
+
+RECEIVER = "jetson-1"
+SLOW_BPS = 40_000.0
+"""At this rate a chunk takes three seconds, a whole cache a minute."""
+
+
+@pytest.fixture
+async def site(tiny_bundle: Path) -> AsyncIterator[Site]:
+    async with running_site() as started:
+        await started.start("pi-1", tiny_bundle, NORTH, SOUTH)
+        yield started
+
+
+@pytest.fixture
+async def inbox(site: Site) -> AsyncIterator[Inbox]:
+    """The receiver's end."""
+    async with Inbox(bulk=site.broker.bus(), control=site.broker.bus(), agent=RECEIVER) as opened:
+        yield opened
+
+
+def held(site: Site, name: str = "text-0") -> Held:
+    found = site.agents["pi-1"].store.by_name(name)
+    assert found is not None
+    return found
+
+
+def cached(site: Site, name: str = "text-0") -> Cache:
+    cache = site.agents["pi-1"].store.cache(held(site, name).context_id)
+    assert cache is not None
+    return cache
+
+
+async def the_one_end(site: Site, order: SendOrder, state: str) -> str:
+    """The order's only outcome, with all work ended; its reason."""
+    await site.send_outcome(order)
+    await site.stop()
+    outcomes = site.sent(order.transfer)
+    assert [outcome.state for outcome in outcomes] == [state]
+    assert outcomes[0].request == order.request
+    assert "\n" not in outcomes[0].reason
+    return outcomes[0].reason
+
+
+@pytest.mark.parametrize("rung", ["float32", "fp16", "q8", "q3"])
+@pytest.mark.parametrize("own", [0, 7, None])
+async def test_what_is_ordered_arrives_and_ends_once(site: Site, inbox: Inbox, rung: str, own: int | None) -> None:
+    context = held(site)
+    own_tokens = len(context.ids) if own is None else own
+    order = send_order(context, RECEIVER, rung=rung, own_tokens=own_tokens)
+    incoming = inbox.expect(order.transfer)
+    await site.order("pi-1", order)
+    payload = await incoming.payload(20)
+    header, cache = decode(payload, expectation(site.agents["pi-1"].engine.model.manifest, 1 << 30))
+    assert header.context_id == context.context_id
+    assert tuple(header.ids()) == context.ids[:own_tokens]
+    if own is None:
+        assert cache is None
+    else:
+        assert cache is not None
+        assert cache.entries == len(context.ids) - own
+        assert equal(cache, cached(site).between(own, len(context.ids))) == (rung == "float32")
+    outcome = await site.send_outcome(order)
+    assert outcome.payload_bytes == len(payload) < outcome.wire_bytes
+    assert await the_one_end(site, order, "delivered") == ""
+
+
+async def test_a_cache_that_is_not_in_memory_is_made_again(site: Site, inbox: Inbox) -> None:
+    context, before = held(site), cached(site)
+    store = site.agents["pi-1"].store
+    store.remove(context.name)
+    again = store.add(context.name, context.context_id, context.ids)
+    assert store.cache(again.context_id) is None
+    order = send_order(again, RECEIVER)
+    incoming = inbox.expect(order.transfer)
+    await site.order("pi-1", order)
+    cache = decode(await incoming.payload(20), expectation(site.agents["pi-1"].engine.model.manifest, 1 << 30))[1]
+    assert cache is not None
+    assert equal(cache, before)
+    assert (await site.send_outcome(order)).prefill_s > 0
+    assert store.cache(again.context_id) is not None
+
+
+async def test_tokens_are_sent_without_making_a_cache(site: Site, inbox: Inbox) -> None:
+    context = held(site)
+    store = site.agents["pi-1"].store
+    store.remove(context.name)
+    store.add(context.name, context.context_id, context.ids)
+    order = send_order(context, RECEIVER, own_tokens=len(context.ids))
+    incoming = inbox.expect(order.transfer)
+    await site.order("pi-1", order)
+    await incoming.payload(20)
+    assert (await site.send_outcome(order)).prefill_s == 0
+    assert store.cache(context.context_id) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"context_id": "0" * 32}, f"context {'0' * 32} is not held here"),
+        ({"rung": "q9"}, "9 bits"),
+        ({"rung": "best"}, "unknown rung 'best'"),
+        ({"own_tokens": 5_000}, "5000 leading tokens of a context of"),
+    ],
+)
+async def test_an_order_that_cannot_be_carried_out_is_refused_and_the_receiver_hears_why(
+    site: Site, inbox: Inbox, changes: dict[str, object], line: str
+) -> None:
+    order = send_order(held(site), RECEIVER, **changes)
+    incoming = inbox.expect(order.transfer)
+    await site.order("pi-1", order)
+    with pytest.raises(TransferCancelled, match=line):
+        await incoming.payload(20)
+    assert line in await the_one_end(site, order, "refused")
+
+
+@pytest.mark.parametrize("rung", ["float32", "fp16", "q8"])
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+async def test_a_cache_with_a_nan_is_refused_by_name_and_the_receiver_hears_at_once(
+    site: Site, inbox: Inbox, rung: str, poison: float
+) -> None:
+    store, context = site.agents["pi-1"].store, held(site)
+    layers = list(cached(site).layers)
+    keys = layers[1].keys.copy()
+    keys[0, -1, 0] = poison
+    layers[1] = replace(layers[1], keys=keys)
+    store.put(context.context_id, Cache(tuple(layers)))
+    order = send_order(context, RECEIVER, rung=rung)
+    incoming = inbox.expect(order.transfer)
+    await site.order("pi-1", order)
+    with pytest.raises(TransferCancelled):
+        await incoming.payload(20)
+    assert "NaN or an infinity" in await the_one_end(site, order, "refused")
+
+
+async def test_a_receiver_that_refuses_ends_it_with_its_reason(site: Site, inbox: Inbox) -> None:
+    order = send_order(held(site), RECEIVER, rate_bps=SLOW_BPS)
+    incoming = inbox.expect(order.transfer)
+    await site.order("pi-1", order)
+    await site.until(lambda: incoming.opened)
+    await incoming.refuse("I have no use for it")
+    assert await the_one_end(site, order, "refused") == "I have no use for it"
+
+
+async def test_a_cancelled_order_ends_cancelled_at_both_ends(site: Site, inbox: Inbox) -> None:
+    order = send_order(held(site), RECEIVER, rate_bps=SLOW_BPS)
+    incoming = inbox.expect(order.transfer)
+    await site.order("pi-1", order)
+    await site.until(lambda: incoming.opened)
+    await site.order("pi-1", CancelOrder(request=order.request))
+    with pytest.raises(TransferCancelled):
+        await incoming.payload(20)
+    assert await the_one_end(site, order, "cancelled") == "cancelled by order"
+
+
+async def test_a_cancel_in_the_same_breath_as_its_order_still_gives_an_outcome(site: Site) -> None:
+    order = send_order(held(site), RECEIVER)
+    agent = site.agents["pi-1"]
+    agent._order(order, {})
+    agent._order(CancelOrder(request=order.request), {})
+    await the_one_end(site, order, "cancelled")
+
+
+async def test_a_cancel_before_the_first_chunk_is_heard_by_the_receiver(site: Site, inbox: Inbox) -> None:
+    context = held(site)
+    agent = site.agents["pi-1"]
+    agent.store.remove(context.name)
+    agent.store.add(context.name, context.context_id, context.ids)
+    order = send_order(context, RECEIVER)
+    incoming = inbox.expect(order.transfer)
+    async with agent.engine.turns.turn("holder"):  # its prefill waits
+        await site.order("pi-1", order)
+        await queued(agent.engine, 1)
+        await site.order("pi-1", CancelOrder(request=order.request))
+        with pytest.raises(TransferCancelled):
+            await incoming.payload(5)
+    await the_one_end(site, order, "cancelled")
+
+
+async def test_a_transfer_that_takes_too_long_ends_expired_at_both_ends(site: Site, inbox: Inbox) -> None:
+    order = send_order(held(site), RECEIVER, rate_bps=SLOW_BPS, expires_s=0.3)
+    incoming = inbox.expect(order.transfer)
+    await site.order("pi-1", order)
+    with pytest.raises(TransferExpired):
+        await incoming.payload(20)
+    assert "0.3 s" in await the_one_end(site, order, "expired")
+
+
+async def test_an_order_that_waits_too_long_for_its_turn_expires_at_both_ends(site: Site, inbox: Inbox) -> None:
+    context = held(site)
+    agent = site.agents["pi-1"]
+    agent.store.remove(context.name)
+    agent.store.add(context.name, context.context_id, context.ids)
+    order = send_order(context, RECEIVER, expires_s=0.3)
+    incoming = inbox.expect(order.transfer)
+    async with agent.engine.turns.turn("holder"):
+        await site.order("pi-1", order)
+        with pytest.raises(TransferError) as caught:
+            await incoming.payload(20)
+    assert isinstance(caught.value, TransferExpired)
+    assert "0.3 s" in await the_one_end(site, order, "expired")
+
+
+async def test_a_receiver_that_is_not_there_ends_it_expired(site: Site) -> None:
+    order = send_order(held(site), "nobody", expires_s=0.3)
+    await site.order("pi-1", order)
+    await the_one_end(site, order, "expired")
+    assert [message.state for message in site.bulk if isinstance(message, Abort)][-1] == "expired"
+
+
+async def test_an_order_that_comes_twice_is_carried_out_once(site: Site, inbox: Inbox) -> None:
+    order = send_order(held(site), RECEIVER)
+    incoming = inbox.expect(order.transfer)
+    await site.order("pi-1", order, order)
+    await incoming.payload(20)
+    await site.send_outcome(order)
+    await site.order("pi-1", order)
+    await the_one_end(site, order, "delivered")
+    assert sum(isinstance(message, Open) for message in site.bulk) == 1
+
+
+async def test_several_orders_at_once_all_arrive(site: Site, inbox: Inbox) -> None:
+    orders = [
+        send_order(held(site, name), RECEIVER, rung=rung) for name in ("text-0", "text-1") for rung in ("q8", "q4")
+    ]
+    incoming = [inbox.expect(order.transfer) for order in orders]
+    await site.order("pi-1", *orders)
+    payloads = await asyncio.gather(*(each.payload(20) for each in incoming))
+    for order, payload in zip(orders, payloads, strict=True):
+        header, _ = decode(payload, expectation(site.agents["pi-1"].engine.model.manifest, 1 << 30))
+        assert (header.context_id, header.rung) == (order.context_id, order.rung)
+        assert (await site.send_outcome(order)).state == "delivered"
+
+
+async def test_an_agent_that_stops_ends_what_it_was_sending(site: Site, inbox: Inbox) -> None:
+    order = send_order(held(site), RECEIVER, rate_bps=SLOW_BPS)
+    incoming = inbox.expect(order.transfer)
+    await site.order("pi-1", order)
+    await site.until(lambda: incoming.opened)
+    await site.stop("pi-1")
+    with pytest.raises(TransferCancelled):
+        await incoming.payload(20)
+    assert [outcome.state for outcome in site.sent(order.transfer)] == ["cancelled"]
