@@ -300,7 +300,7 @@ def _set_up_logs() -> None:
             structlog.processors.format_exc_info,
             renderer,
         ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.stdlib.LoggerFactory(),  # which outlives a disk that is full of logs
     )
 
 

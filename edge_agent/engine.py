@@ -67,14 +67,19 @@ class Engine:
             raise ContextTooLong(tokens + manifest.window_tokens - room, manifest.window_tokens)
 
     async def prefill_context(self, ids: list[int], asker: str) -> tuple[Cache, float]:
-        """The cache of a context that starts with ids, and the seconds of computing it took. One turn per chunk."""
+        """The cache of a context that starts with ids, and the seconds of computing it took. One turn per chunk.
+
+        Raises ContextEmpty, ContextTooLong, ModelFailed, and CacheInvalid if the model computed a NaN.
+        """
         live = self.after_prefix()
         start, seconds = live.entries, 0.0
         for _, chunk in live.chunks(ids):
             async with self.turns.turn(asker):
                 seconds += (await self._timed(lambda chunk=chunk: live.step(chunk, logits=None)))[1]  # type: ignore[misc]
         self.meter.prefill(len(ids), seconds)
-        return await self._step(lambda: live.extract(start, live.entries)), seconds
+        cache = await self._step(lambda: live.extract(start, live.entries))
+        cache.check()
+        return cache, seconds
 
     async def join(self, caches: list[Cache]) -> LiveContext:
         """Caches one after another behind the prefix, keys rotated to where they land."""

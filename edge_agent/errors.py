@@ -3,6 +3,7 @@
 AgentError
 ├── BundleInvalid          a model bundle is missing, truncated, or of a version this agent does not know
 ├── ModelUnsupported       the exported graph lacks an input or output the agent needs, or the cache does not fit it
+├── ModelFailed            a run of the model failed (out of memory, say)
 ├── ContextTooLong         the tokens do not fit the model's window
 ├── ContextEmpty           there is nothing to prefill
 ├── ContextUnknown         no context of that id or name is held
@@ -26,6 +27,10 @@ class BundleInvalid(AgentError):
 
 class ModelUnsupported(AgentError):
     """The exported graph lacks something, or is asked for something it can't do."""
+
+
+class ModelFailed(AgentError):
+    """A run of the model failed."""
 
 
 class ContextTooLong(AgentError):

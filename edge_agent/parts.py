@@ -174,12 +174,14 @@ class Parts:
         """Decode the payload while it arrives. Raises TransferError, and PayloadRejected at the first wrong byte."""
         start = time.perf_counter()
         progress.payload_bytes, progress.decode_s = 0, 0.0
+        first_bytes = 0
         try:
             async with asyncio.timeout(timeout_s):
                 async for piece in incoming.pieces():
                     begin = time.perf_counter()
                     await asyncio.to_thread(reader.feed, piece)
                     progress.decode_s += time.perf_counter() - begin
+                    first_bytes = first_bytes or len(piece)
                     progress.payload_bytes += len(piece)
         except TimeoutError:
             reason = f"not complete within {timeout_s:g} s"
@@ -187,7 +189,8 @@ class Parts:
             raise TransferExpired(incoming.transfer, reason) from None
         progress.receive_s = time.perf_counter() - start
         if incoming.first_chunk_s is not None and incoming.complete_s is not None:
-            self._link.received(progress.payload_bytes, incoming.complete_s - incoming.first_chunk_s)
+            after_first = max(0, progress.payload_bytes - first_bytes)  # the first chunk's own time is not known
+            self._link.received(after_first, incoming.complete_s - incoming.first_chunk_s)
 
     async def _prefill(self, order: AnswerOrder, progress: Progress, ids: list[int]) -> Cache:
         """A whole context from its text, which must be the one that was ordered."""

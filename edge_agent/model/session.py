@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from edge_agent.errors import ContextEmpty, ContextTooLong, ModelUnsupported
+from edge_agent.errors import ContextEmpty, ContextTooLong, ModelFailed, ModelUnsupported
 from edge_agent.kv.cache import Cache, Float32, Int32, Layer
 from edge_agent.model.manifest import Manifest, read_manifest
 from edge_agent.model.rotary import rotate, unrotate
@@ -85,7 +85,10 @@ class Model:
         elif len(positions) and int(positions[0]) != entries:
             raise ModelUnsupported("this graph has no position_ids: entries can only stand at their own positions")
         names = (["logits"] if logits else []) + self._presents
-        out = self._session.run_with_ort_values(names, feeds)
+        try:
+            out = self._session.run_with_ort_values(names, feeds)
+        except Exception as error:  # noqa: BLE001 onnxruntime raises bare types of its own
+            raise ModelFailed(f"the model run failed: {str(error).splitlines()[0]}") from None
         return (out[0], out[1:]) if logits else (None, out)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
@@ -9,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,8 +71,9 @@ def mode(path: Path) -> int:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No test waits for a broker that is not there, none touches the home of who runs it."""
+    """No test waits for a broker that is not there, or touches the home of who runs it or the logs of other tests."""
     monkeypatch.setattr(client, "CONNECT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(cli, "_set_up_logs", lambda: None)
     monkeypatch.setenv("HOME", str(tmp_path))
 
 
@@ -242,6 +245,22 @@ def test_a_broker_stops_in_good_order(number: signal.Signals) -> None:
         out, err = running.communicate(timeout=PROCESS_S)
     assert (running.returncode, out) == (0, "")
     assert "Traceback" not in err
+
+
+def test_a_program_outlives_the_disk_that_its_log_goes_to(tmp_path: Path) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "coordinator.cli", "broker", "--port", str(port)]
+    with Path("/dev/full").open("w") as full, subprocess.Popen(command, stderr=full) as running:
+        try:
+            until_s = time.monotonic() + PROCESS_S
+            while running.poll() is None and time.monotonic() < until_s:
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0):
+                    break
+                time.sleep(0.02)
+            with pytest.raises(subprocess.TimeoutExpired):
+                running.wait(0.5)
+        finally:
+            running.kill()
 
 
 def test_a_coordinator_without_a_broker_says_so_and_can_be_stopped(nobody: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_agent.errors import BundleInvalid, ContextEmpty, ContextTooLong, ModelUnsupported
+from edge_agent.errors import BundleInvalid, ContextEmpty, ContextTooLong, ModelFailed, ModelUnsupported
 from edge_agent.kv.cache import Cache, Float32, Layer, concatenate
 from edge_agent.model.manifest import MANIFEST_NAME, file_digest, read_manifest, verify_digests
 from edge_agent.model.session import LiveContext, Model
@@ -379,3 +379,13 @@ def test_a_corrupt_tokenizer_is_refused_in_one_line(copied: Path, content: bytes
     with pytest.raises(BundleInvalid, match=r"tokenizer\.json is not a tokenizer") as caught:
         Text(copied, read_manifest(copied))
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_that_fails_is_an_error_of_ours_in_one_line(tiny_bundle: Path) -> None:
+    model = Model(tiny_bundle)
+    live = model.new_context()
+    beyond = np.array([model.manifest.vocabulary + 5], dtype=np.int32)
+    with pytest.raises(ModelFailed, match="the model run failed") as caught:
+        live.step(beyond, logits="last")
+    assert "\n" not in str(caught.value)
+    assert live.entries == 0
