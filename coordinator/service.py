@@ -52,7 +52,7 @@ log = structlog.get_logger()
 OUTCOME_GRACE_S = 1.0
 """After the answer, senders' outcomes may still be on their way; the report waits for them so long."""
 WATCH_INTERVAL_S = 0.5
-STOP_S = 5.0
+STOP_S = 2.0
 """Stopping may not take longer, connection or not: what could not be told by then, the next coordinator tells."""
 FAULT = "a fault of the coordinator; its log says more"
 
