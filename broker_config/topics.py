@@ -83,7 +83,7 @@ TELEMETRY: Topic[Telemetry] = Topic(
     pattern="kvbus/{site}/agents/{agent}/telemetry", message=Telemetry, qos=0, retain=True, max_bytes=1024 * KIBI
 )
 ORDERS: Topic[Order] = Topic(pattern="kvbus/{site}/agents/{agent}/orders", message=Order, max_bytes=1100 * KIBI)
-OUTCOMES: Topic[Outcome] = Topic(pattern="kvbus/{site}/agents/{agent}/outcomes", message=Outcome)
+OUTCOMES: Topic[Outcome] = Topic(pattern="kvbus/{site}/agents/{agent}/outcomes", message=Outcome, max_bytes=1024 * KIBI)
 ANSWERS: Topic[AnswerPiece] = Topic(pattern="kvbus/{site}/answers/{agent}/{request}", message=AnswerPiece)
 BULK: Topic[Bulk] = Topic(
     pattern="kvbus/{site}/bulk/{receiver}/{sender}", message=Bulk, max_bytes=258 * KIBI, connection="bulk"

@@ -36,6 +36,8 @@ SMALL_CHUNK_BYTES, LARGE_CHUNK_BYTES = 64 * 1024, 256 * 1024
 SLOW_LINK_BPS = 50e6
 """Under it chunks are small: 256 KiB would hold a slow link for longer than anything else should wait."""
 
+ALONE_SHARE = 0.99
+
 EndOfRound = Literal["answered", "failed", "cancelled", "expired"]
 
 
@@ -109,7 +111,7 @@ class Round:
                     rung=source.rung,
                     expires_s=expires_s,
                     chunk_bytes=SMALL_CHUNK_BYTES if source.link_bps < SLOW_LINK_BPS else LARGE_CHUNK_BYTES,
-                    rate_bps=source.share_bps if self._shared() and source.share_bps > 0 else None,
+                    rate_bps=source.share_bps if self._shared(source) and source.share_bps > 0 else None,
                 ),
             )
             for source, transfer in zip(self.sources, self.transfers, strict=True)
@@ -237,9 +239,9 @@ class Round:
             text_holders=tuple(self.holders.get(source.context_id, ())),
         )
 
-    def _shared(self) -> bool:
-        """Whether links of this round share a channel. One that has it to itself is not slowed to what was measured."""
-        return len(self.links) > 1
+    def _shared(self, link: LinkPlan) -> bool:
+        """Whether others use a channel of this link. One that has all to itself is not slowed to what was measured."""
+        return len(self.links) > 1 or link.share_bps < ALONE_SHARE * link.link_bps
 
 
 def _link_report(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from importlib.metadata import version
 
 from broker_config import topics
@@ -71,46 +70,28 @@ class Agent:
         try:
             speed = await self._engine.start()
             log.info("ready: prefill %.0f tokens/s, decode %.0f tokens/s", speed.prefill_tps, speed.decode_tps)
-            async with self._buses() as (control, bulk):
-                await self._work(control, bulk)
+            await self._join_bus()
         finally:
             self._engine.close()
 
-    @asynccontextmanager
-    async def _buses(self) -> AsyncIterator[tuple[MqttBus, MqttBus]]:
-        """Control (stable id, persistent session, will) and bulk (clean session)."""
+    def _buses(self) -> tuple[MqttBus, MqttBus]:
+        """Control (stable id, persistent session, will) and bulk (clean session), not yet begun."""
         broker, site = self._settings.broker, self._settings.site
         will = Will(topic=topics.PRESENCE, message=self._presence("offline"), parameters={"agent": self._name})
-        async with (
-            MqttBus(
-                settings=broker, site=site, client_id=f"{site}-{self._name}", persistent=True, will=will
-            ) as control,
-            MqttBus(settings=broker, site=site, client_id=f"{site}-{self._name}-bulk-{self._instance}") as bulk,
-        ):
-            yield control, bulk
+        control = MqttBus(settings=broker, site=site, client_id=f"{site}-{self._name}", persistent=True, will=will)
+        bulk = MqttBus(settings=broker, site=site, client_id=f"{site}-{self._name}-bulk-{self._instance}")
+        return control, bulk
 
-    async def _work(self, control: MqttBus, bulk: MqttBus) -> None:
-        self._control = control
-        self._link = LinkMeter(bulk=bulk, agent=self._name)
-        self._library = Library(engine=self._engine, store=self._store, folder=self._settings.folder_path)
+    async def _join_bus(self) -> None:
+        """Listen, then begin the sessions (what the broker kept for us comes at once), then work until cancelled."""
+        control, bulk = self._buses()
         limit = int(self._settings.memory.payload_limit_mb * MEGA)
-        async with Inbox(bulk=bulk, control=control, agent=self._name, limit_bytes=limit) as inbox:
-            self._parts = Parts(
-                agent=self._name,
-                engine=self._engine,
-                store=self._store,
-                inbox=inbox,
-                control=control,
-                link=self._link,
-                limit_bytes=limit,
-            )
-            self._answering = Answering(agent=self._name, engine=self._engine, parts=self._parts, control=control)
-            self._outgoing = Outgoing(
-                agent=self._name, engine=self._engine, store=self._store, control=control, bulk=bulk, link=self._link
-            )
-            await control.subscribe(topics.ORDERS, self._order, agent=self._name)
-            await control.subscribe(topics.PRESENCE, self._someone, agent=self._name)
-            control.add_on_connect(self._say_online)
+        inbox = Inbox(bulk=bulk, control=control, agent=self._name, limit_bytes=limit)
+        self._furnish(control, bulk, inbox, limit)
+        await control.subscribe(topics.ORDERS, self._order, agent=self._name)
+        await control.subscribe(topics.PRESENCE, self._someone, agent=self._name)
+        control.add_on_connect(self._say_online)
+        async with control, bulk, inbox:
             try:
                 async with asyncio.TaskGroup() as group:
                     group.create_task(self._report(control), name="telemetry")
@@ -119,6 +100,25 @@ class Agent:
             finally:
                 await self._tasks.close()
                 await last_words(self._say_offline(control))
+
+    def _furnish(self, control: Bus, bulk: Bus, inbox: Inbox, limit_bytes: int) -> None:
+        """Build the rooms around the two connections."""
+        self._control = control
+        self._link = LinkMeter(bulk=bulk, agent=self._name)
+        self._library = Library(engine=self._engine, store=self._store, folder=self._settings.folder_path)
+        self._parts = Parts(
+            agent=self._name,
+            engine=self._engine,
+            store=self._store,
+            inbox=inbox,
+            control=control,
+            link=self._link,
+            limit_bytes=limit_bytes,
+        )
+        self._answering = Answering(agent=self._name, engine=self._engine, parts=self._parts, control=control)
+        self._outgoing = Outgoing(
+            agent=self._name, engine=self._engine, store=self._store, control=control, bulk=bulk, link=self._link
+        )
 
     def _order(self, order: Order, _: Mapping[str, str]) -> None:
         """Take an order; work that lasts runs as a task under the order's request."""

@@ -8,6 +8,7 @@ AgentError
 ├── ContextEmpty           there is nothing to prefill
 ├── ContextUnknown         no context of that id or name is held
 ├── BudgetExceeded         a cache is larger than the whole cache budget
+├── PartFailed             neither a transfer nor any holder of its text brought a context
 ├── RecipeInvalid          bits outside 1-8, an unknown rung
 ├── CacheInvalid           a cache holds a NaN or an infinity, or its shapes disagree
 └── PayloadRejected        received bytes are not a payload this agent can use; names the field
@@ -51,6 +52,10 @@ class ContextUnknown(AgentError):
 
 class BudgetExceeded(AgentError):
     """A single cache is larger than the whole budget."""
+
+
+class PartFailed(AgentError):
+    """Neither the transfer nor any holder of the text brought the context."""
 
 
 class RecipeInvalid(AgentError, ValueError):

@@ -14,7 +14,7 @@ from broker_config.messages import AnswerOrder, EndState, Part, PartOutcome, Sen
 from broker_config.messages.base import COORDINATOR
 from broker_config.transfer import Inbox, Incoming
 from edge_agent.engine import Engine
-from edge_agent.errors import AgentError, ContextUnknown, PayloadRejected
+from edge_agent.errors import AgentError, ContextUnknown, PartFailed, PayloadRejected
 from edge_agent.kv.cache import Cache, concatenate
 from edge_agent.kv.payload import Header
 from edge_agent.kv.reader import PayloadReader
@@ -51,10 +51,6 @@ class Progress:
             fallback=self.fallback,
             reason="; ".join(self.failures)[:1024],
         )
-
-
-class PartFailed(AgentError):
-    """Neither the transfer nor any holder of the text brought the context."""
 
 
 class Parts:

@@ -69,6 +69,7 @@ async def last_words(work: Coroutine[Any, Any, None]) -> None:
     speaking = asyncio.ensure_future(work)
     await asyncio.wait({speaking}, timeout=LAST_WORDS_S)
     speaking.cancel()
+    await asyncio.gather(speaking, return_exceptions=True)
 
 
 async def gather_or_cancel(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

@@ -129,8 +129,11 @@ def test_a_sender_of_two_contexts_gets_two_orders_and_is_named_once() -> None:
 
 
 def test_a_link_that_shares_is_paced_to_its_share_and_one_alone_is_not_slowed() -> None:
-    assert [send.rate_bps for _, send in sends_of(round_of(PLAN))] == [None]
-    assert [send.rate_bps for _, send in sends_of(round_of(PLAN, OWN))] == [None]
+    alone = replace(PLAN, share_bps=PLAN.link_bps)
+    assert [send.rate_bps for _, send in sends_of(round_of(alone))] == [None]
+    assert [send.rate_bps for _, send in sends_of(round_of(alone, OWN))] == [None]
+    beside_another_round = replace(PLAN, share_bps=PLAN.link_bps / 2)
+    assert [send.rate_bps for _, send in sends_of(round_of(beside_another_round))] == [PLAN.link_bps / 2]
     unmeasured = replace(OTHER, share_bps=0.0, link_bps=0.0, known=False)
     assert [send.rate_bps for _, send in sends_of(round_of(PLAN, unmeasured))] == [1e7, None]
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from broker_config import topics
 from broker_config.bus import MqttBus
@@ -46,6 +46,12 @@ class ConnectedBus(MemoryBus):
         broker.buses.append(self)
         self._hooks: list[asyncio.Task[None]] = []
 
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        return None
+
     def add_on_connect(self, hook: Callable[[], Awaitable[None]]) -> None:
         async def run() -> None:
             await hook()
@@ -60,9 +66,8 @@ class MemoryAgent(Agent):
         super().__init__(settings)
         self._broker = broker
 
-    @asynccontextmanager
-    async def _buses(self) -> AsyncIterator[tuple[MqttBus, MqttBus]]:
-        yield cast("MqttBus", ConnectedBus(self._broker)), cast("MqttBus", ConnectedBus(self._broker))
+    def _buses(self) -> tuple[MqttBus, MqttBus]:
+        return cast("MqttBus", ConnectedBus(self._broker)), cast("MqttBus", ConnectedBus(self._broker))
 
     @property
     def engine(self) -> Engine:
