@@ -75,7 +75,7 @@ async def expected_answer(site: Site, *contexts: Held) -> str:
     return outcome.answer
 
 
-async def forge(site: Site, transfer: str, payload: bytes) -> str:
+async def forge(site: Site, transfer: str, payload: bytes, rate_bps: float | None = None) -> str:
     """Send these bytes as a transfer; how it ended at the sender."""
     try:
         await send(
@@ -89,18 +89,19 @@ async def forge(site: Site, transfer: str, payload: bytes) -> str:
             total_bytes=len(payload),
             chunk_bytes=1_024,
             expires_s=LONG_S,
+            rate_bps=rate_bps,
         )
     except TransferError as error:
         return f"{error.state}: {error.reason}"
     return "delivered"
 
 
-async def forged(site: Site, payload: bytes, *holders: str) -> tuple[AnswerOutcome, str]:
+async def forged(site: Site, payload: bytes, *holders: str, rate_bps: float | None = None) -> tuple[AnswerOutcome, str]:
     """A question whose only part is these bytes; its outcome, and the end of the transfer at its sender."""
     part = part_of(held(site), FORGER, text_holders=holders)
     order = question(part)
     await site.order(RECEIVER, order)
-    end = await forge(site, part.transfer, payload)
+    end = await forge(site, part.transfer, payload, rate_bps)
     await site.until(lambda: site.answered(order.request))
     return site.answered(order.request)[0], end
 
@@ -208,7 +209,7 @@ async def test_a_payload_that_cannot_be_used_is_refused_by_name_and_the_text_fet
 
 
 async def test_a_sender_whose_payload_is_refused_hears_why_before_it_has_sent_all(site: Site) -> None:
-    outcome, end = await forged(site, _noise(site) * 100)
+    outcome, end = await forged(site, _noise(site) * 100, rate_bps=500_000.0)  # all of it would take eight seconds
     assert outcome.state == "failed"
     assert end.startswith("refused: payload refused, magic")
 
