@@ -30,6 +30,7 @@ from broker_config.messages import (
     Planned,
     Presence,
     Refused,
+    Remind,
     RemoveContext,
     RoundEvent,
     RoundReport,
@@ -58,6 +59,8 @@ class Client:
         self._name = f"client-{new_id()}"
         self._bus = MqttBus(settings=broker or BrokerSettings(), site=site, client_id=f"{site}-{self._name}")
         self._site = site
+        self._asked: set[str] = set()
+        self._bus.add_on_connect(self._remind)
 
     async def __aenter__(self) -> Client:
         await self._bus.__aenter__()
@@ -118,6 +121,7 @@ class Client:
         try:
             async with asyncio.timeout(timeout_s):
                 await self._bus.publish(topics.REQUESTS, ask_)
+                self._asked.add(ask_.request)
                 event = await ended
         except TimeoutError:
             await self._withdraw(ask_.request)
@@ -126,10 +130,16 @@ class Client:
             await asyncio.shield(self._withdraw(ask_.request))
             raise
         finally:
+            self._asked.discard(ask_.request)
             await subscription.close()
         if isinstance(event, Refused):
             raise RequestRefused(event.reason)
         return event.report
+
+    async def _remind(self) -> None:
+        """Connected again: ends that were told meanwhile were missed."""
+        for request_ in tuple(self._asked):
+            await self._bus.publish(topics.REQUESTS, Remind(request=request_, client=self._name))
 
     async def coordinator(self) -> CoordinatorPresence:
         """The coordinator of the site. Raises CoordinatorMissing if there is none online."""

@@ -1,12 +1,14 @@
-"""What a coordinator must remember across a crash: the questions it has taken and not yet ended.
+"""What a coordinator must remember across a crash: the questions it has taken, and those that have their end.
 
 One JSON object a line, appended: {"began": …} when a question is taken, {"ended": id} when it has its end. A last line
-that was cut short by a crash is ignored.
+that was cut short by a crash is ignored. Ended ones are remembered for a while, since a broker may deliver a question
+again to the coordinator that comes next.
 """
 
 from __future__ import annotations
 
 import os
+from collections import deque
 from io import FileIO
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from broker_config.messages import Ask
 from coordinator.errors import JournalUnwritable
 
 COMPACT_BYTES = 1_000_000
+ENDED_KEPT = 256
 
 
 class InFlight(Struct, frozen=True, kw_only=True):
@@ -32,11 +35,15 @@ class _Line(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Journal:
-    """Opens (and compacts) the file. `left_over` are the questions that an earlier coordinator did not end."""
+    """Opens (and compacts) the file. `left_over` are the questions that an earlier coordinator did not end.
+
+    `known_ended` are the ids of the last ENDED_KEPT that have their end.
+    """
 
     def __init__(self, path: Path, compact_bytes: int = COMPACT_BYTES) -> None:
         self._path, self._compact_bytes = path, compact_bytes
-        self.left_over = _read(path)
+        self.left_over, ended = _read(path)
+        self._ended = deque(ended, maxlen=ENDED_KEPT)
         self._open = {entry.ask.request: entry for entry in self.left_over}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,6 +60,11 @@ class Journal:
         """After the end was told. Raises JournalUnwritable."""
         self._append(_Line(ended=request))
         self._open.pop(request, None)
+        self._ended.append(request)
+
+    @property
+    def known_ended(self) -> tuple[str, ...]:
+        return tuple(self._ended)
 
     def close(self) -> None:
         self._file.close()
@@ -78,9 +90,12 @@ class Journal:
         return os.fstat(self._file.fileno()).st_size
 
     def _compacted(self) -> FileIO:
-        """A new file that holds the open questions only, in the place of the old one."""
+        """A new file, in the place of the old one: the open questions and the ids of the last that ended."""
+        lines = [_Line(ended=request) for request in self._ended] + [
+            _Line(began=entry) for entry in self._open.values()
+        ]
         compact = self._path.with_suffix(".new")
-        compact.write_bytes(b"".join(_encode(_Line(began=entry)) for entry in self._open.values()))
+        compact.write_bytes(b"".join(map(_encode, lines)))
         compact.replace(self._path)
         return self._path.open("ab", buffering=0)
 
@@ -89,14 +104,16 @@ def _encode(line: _Line) -> bytes:
     return msgspec.json.encode(line) + b"\n"
 
 
-def _read(path: Path) -> tuple[InFlight, ...]:
+def _read(path: Path) -> tuple[tuple[InFlight, ...], list[str]]:
+    """The open questions, and the ids of ended ones, oldest first."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        return ()
+        return (), []
     except OSError as error:
         raise JournalUnwritable(f"journal {path} can't be read: {error.strerror}") from None
     open_: dict[str, InFlight] = {}
+    ended: list[str] = []
     for row in raw.split(b"\n"):
         try:
             line = msgspec.json.decode(row, type=_Line)
@@ -106,4 +123,5 @@ def _read(path: Path) -> tuple[InFlight, ...]:
             open_[line.began.ask.request] = line.began
         if line.ended:
             open_.pop(line.ended, None)
-    return tuple(open_.values())
+            ended.append(line.ended)
+    return tuple(open_.values()), ended

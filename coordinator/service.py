@@ -29,6 +29,7 @@ from broker_config.messages import (
     Planned,
     Presence,
     Refused,
+    Remind,
     RoundReport,
     SendOutcome,
     Telemetry,
@@ -54,6 +55,8 @@ OUTCOME_GRACE_S = 1.0
 WATCH_INTERVAL_S = 0.5
 STOP_S = 2.0
 """Stopping may not take longer, connection or not: what could not be told by then, the next coordinator tells."""
+ENDS_KEPT = 256
+"""Told ends that can be told again to an asker that was cut off."""
 FAULT = "a fault of the coordinator; its log says more"
 
 
@@ -68,6 +71,7 @@ class Coordinator:
         self._texts = Texts()
         self._tasks: set[asyncio.Task[None]] = set()
         self._recent: OrderedDict[str, None] = OrderedDict()
+        self._ends: OrderedDict[str, Ended | Refused] = OrderedDict()
         self._listening_since_s: float | None = None
         self._stopping = False
         get_policy(settings.planning.policy)
@@ -96,8 +100,8 @@ class Coordinator:
         """Listen on a bus. What an earlier coordinator left over is not taken again."""
         self._bus, self._journal, self._teller = bus, journal, Teller(bus)
         self._listening(BusState.CONNECTED)
-        for entry in journal.left_over:
-            self._remember(entry.ask.request)
+        for request in (*journal.known_ended, *(entry.ask.request for entry in journal.left_over)):
+            self._remember(request)
         await bus.subscribe(topics.PRESENCE, self._heard)
         await bus.subscribe(topics.TELEMETRY, self._heard)
         await bus.subscribe(topics.OUTCOMES, self._outcome)
@@ -128,6 +132,8 @@ class Coordinator:
                 self._spawn(self._ask(request, _now_s()), f"round {request.request}")
             case CancelAsk():
                 self._spawn(self._withdraw(request.request), f"withdrawal of {request.request}")
+            case Remind():
+                self._spawn(self._remind(request), f"reminder of {request.request}")
             case GiveContext():
                 self._spawn(self._give(request), f"give {request.name}")
 
@@ -135,6 +141,15 @@ class Coordinator:
         """A task as `_ask` is, so that it comes after a question that arrived right before it."""
         if request in self._rounds:
             self._rounds[request].stop("cancelled", "withdrawn by the asker")
+
+    async def _remind(self, reminder: Remind) -> None:
+        """Tell an end again that its asker may have missed. A question still under way has its end before it."""
+        end = self._ends.get(reminder.request)
+        left_over = any(entry.ask.request == reminder.request for entry in self._journal.left_over)
+        if end is None and not left_over and reminder.request not in self._rounds:
+            end = Refused(request=reminder.request, reason="this question is not known to the coordinator; ask again")
+        if end is not None:
+            await self._teller.tell_end(reminder.client, end)
 
     async def _ask(self, ask: Ask, accepted_s: float) -> None:
         """Plan, order, follow: exactly one of Refused and Ended is told, whatever happens."""
@@ -226,16 +241,30 @@ class Coordinator:
 
     async def _refuse(self, ask: Ask, reason: str) -> None:
         log.info("refused", request=ask.request, reason=reason)
-        await self._teller.tell_end(ask.client, Refused(request=ask.request, reason=reason[:1024]))
+        if await self._tell_end(ask, Refused(request=ask.request, reason=reason[:1024])):
+            self._forget(ask.request)
 
     async def _conclude(self, ask: Ask, report: RoundReport) -> None:
-        """Tell the end; once told it is forgotten. Untold, the journal leaves it to the next coordinator."""
-        if not await self._teller.tell_end(ask.client, Ended(report=report)):
+        """Tell the end; once told it is forgotten. Untold, the journal leaves it to the next coordinator.
+
+        A crash between telling and noting leaves it, too: the asker then hears a second end, and takes the first.
+        """
+        if not await self._tell_end(ask, Ended(report=report)):
             return
+        self._forget(report.request)
+
+    def _forget(self, request: str) -> None:
+        """It has its end, and will not be taken again."""
         try:
-            self._journal.ended(report.request)
+            self._journal.ended(request)
         except CoordinatorError as error:
             log.error("journal", error=str(error))
+
+    async def _tell_end(self, ask: Ask, end: Ended | Refused) -> bool:
+        self._ends[ask.request] = end
+        while len(self._ends) > ENDS_KEPT:
+            self._ends.popitem(last=False)
+        return await self._teller.tell_end(ask.client, end)
 
     def _watch(self) -> None:
         """A receiver that is gone ends its rounds."""
@@ -289,7 +318,9 @@ class Coordinator:
 
     def _piece(self, piece: AnswerPiece, topic: Mapping[str, str]) -> None:
         round_ = self._rounds.get(piece.request) if _is_own(piece, topic) else None
-        if round_ is not None and round_.take_piece(piece, _now_s()):
+        if round_ is None or round_.done.is_set():
+            return  # nothing is told after the end
+        if round_.take_piece(piece, _now_s()):
             event = Piece(request=piece.request, text=piece.text)
             self._spawn(self._teller.tell(round_.ask.client, event), f"piece of {piece.request}")
 

@@ -59,6 +59,13 @@ class CancelAsk(Message, frozen=True, kw_only=True, tag="cancel_ask"):
     request: Id
 
 
+class Remind(Message, frozen=True, kw_only=True, tag="remind"):
+    """A client that was cut off asks for the end of a question that it may have missed."""
+
+    request: Id
+    client: ClientId
+
+
 class GiveContext(Message, frozen=True, kw_only=True, tag="give_context"):
     """Give an agent a text through the coordinator, which keeps a copy for fallbacks. Answered by ContextReply."""
 
@@ -69,7 +76,7 @@ class GiveContext(Message, frozen=True, kw_only=True, tag="give_context"):
     text: ContextText
 
 
-CoordinatorRequest = Ask | CancelAsk | GiveContext
+CoordinatorRequest = Ask | CancelAsk | Remind | GiveContext
 
 
 class Stages(Struct, frozen=True, kw_only=True):

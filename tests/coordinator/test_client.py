@@ -24,6 +24,7 @@ from broker_config.messages import (
     Piece,
     Planned,
     Refused,
+    Remind,
     RemoveContext,
     RoundEvent,
     RoundReport,
@@ -167,6 +168,25 @@ def test_a_refused_question_raises_the_line_of_whoever_refused_it() -> None:
         with pytest.raises(RequestRefused, match=r"^pi-1 is offline$"):
             await ask(client)
         assert [type(request) for request in coordinator.requests] == [Ask]
+
+    play(story)
+
+
+def test_a_client_that_was_cut_off_asks_for_the_end_it_may_have_missed() -> None:
+    async def story(client: Client, coordinator: FakeCoordinator) -> None:
+        await coordinator.start()
+        asking = asyncio.create_task(ask(client))
+        await coordinator.news.wait()
+        (asked,) = coordinator.requests
+        assert isinstance(asked, Ask)
+        await asyncio.sleep(1)
+        await client._remind()  # what the bus calls at every connect
+        coordinator.answer = None
+        await coordinator.tell(asked, Ended(report=report_of(asked)))
+        assert await asking == report_of(asked)
+        assert [type(request) for request in coordinator.requests] == [Ask, Remind]
+        await client._remind()
+        assert len(coordinator.requests) == 2
 
     play(story)
 

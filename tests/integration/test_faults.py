@@ -115,6 +115,18 @@ async def test_a_withdrawn_question_is_cancelled_everywhere(amqtt_site: Site) ->
     assert after.state == "answered"
 
 
+async def test_a_question_survives_its_broker_or_ends_with_a_reason(site: Site) -> None:
+    async with cache_on_its_way(site) as (asking, _):
+        await site.kill("broker")
+        await site.start_broker()
+        async with asyncio.timeout(60):
+            report = await asking.task
+        assert report.state == "answered" or report.reason
+        await site.until_ready()
+        again = await answer_as_text(site)
+    assert again.state == "answered"
+
+
 async def test_a_broker_that_is_killed_and_restarted_is_found_again(site: Site) -> None:
     await site.start_agent("pi-1", texts={"north": text(1)})
     await site.start_agent("jetson-1")
