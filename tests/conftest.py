@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ import pytest
 from edge_agent.errors import BundleInvalid
 from scripts.prepare_model import default_bundle
 from tests import tiny
+
+# Started in the background of a script, we and all we start would ignore Ctrl-C, which some tests send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -66,5 +66,5 @@ def dequantize(q: Quantized) -> Float32:
 
 
 def _float32_suffices(spread: float, levels: int) -> bool:
-    """Whether the step, its inverse and the range are normal float32 numbers."""
-    return spread / levels >= SMALLEST_NORMAL and spread <= LARGEST and levels / spread <= LARGEST
+    """Whether the step, its inverse and the range (rounded up, too) are normal float32 numbers."""
+    return spread / levels >= SMALLEST_NORMAL and spread <= LARGEST / 2 and levels / spread <= LARGEST

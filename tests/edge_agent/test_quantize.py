@@ -17,6 +17,7 @@ tensors = hnp.arrays(np.float32, hnp.array_shapes(max_dims=3, max_side=6), eleme
 
 @given(tensors, st.integers(1, 8))
 @example(np.array([-3.4e38, 3.4e38, 0], dtype=np.float32), 8)  # the range overflows float32
+@example(np.array([3.4028235e38, 0], dtype=np.float32), 5)  # the step, rounded, times the levels overflows
 @example(np.array([0, 1e-45, 7e-45], dtype=np.float32), 8)  # the step underflows float32
 @example(np.array([1e5, 1e5 + 0.01, 1e5 + 1], dtype=np.float32), 8)  # the paper's zero point would cancel
 def test_every_element_comes_back_within_half_a_step(x: np.ndarray, bits: int) -> None:

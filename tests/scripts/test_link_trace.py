@@ -194,9 +194,9 @@ async def test_the_command_listens_until_interrupted(write: Callable[[str], Path
     process = await asyncio.create_subprocess_exec(sys.executable, *arguments, stderr=asyncio.subprocess.PIPE)
     assert process.stderr is not None
     try:
-        first = await asyncio.wait_for(process.stderr.readline(), 15)
+        first = await asyncio.wait_for(process.stderr.readline(), 60)
         process.send_signal(signal.SIGINT)
-        rest = await asyncio.wait_for(process.stderr.read(), 15)
+        rest = await asyncio.wait_for(process.stderr.read(), 60)
     finally:
         if process.returncode is None:
             process.kill()
