@@ -6,10 +6,15 @@ import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from edge_agent.errors import BundleInvalid
 from scripts.prepare_model import default_bundle
 from tests import tiny
+
+# Whether a property holds does not depend on how busy the machine is.
+settings.register_profile("kvbus", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.load_profile("kvbus")
 
 # Started in the background of a script, we and all we start would ignore Ctrl-C, which some tests send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
