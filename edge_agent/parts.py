@@ -36,7 +36,6 @@ class Progress:
     prefill_s: float = 0.0
     state: EndState = "delivered"
     fallback: str = ""
-    reason: str = ""
     failures: list[str] = field(default_factory=list)
 
     def outcome(self) -> PartOutcome:
@@ -78,7 +77,7 @@ class Parts:
         try:
             if part.sender == self._agent:
                 return await self._own(order, progress)
-            return await self._receive(order, progress, part.transfer, order.part_timeout_s)
+            return await self._receive(order, progress, part.transfer)
         except (AgentError, BusError) as error:
             progress.state = error.state if isinstance(error, TransferError) else "refused"
             progress.failures.append(str(error))
@@ -123,7 +122,7 @@ class Parts:
             expires_s=order.part_timeout_s,
         )
         await self._control.publish(topics.ORDERS, again, agent=holder)
-        return await self._receive(order, progress, transfer, order.part_timeout_s)
+        return await self._receive(order, progress, transfer)
 
     async def _from_coordinator(self, order: AnswerOrder, progress: Progress) -> Cache:
         part = progress.part
@@ -145,12 +144,12 @@ class Parts:
         ids = self._engine.text.context_ids(reply.text)
         return await self._prefill(order, progress, ids)
 
-    async def _receive(self, order: AnswerOrder, progress: Progress, transfer: str, timeout_s: float) -> Cache:
+    async def _receive(self, order: AnswerOrder, progress: Progress, transfer: str) -> Cache:
         incoming = self._inbox.expect(transfer)
         reader = PayloadReader(expectation(self._engine.model.manifest, self._limit_bytes))
         try:
             with self._link.transferring():
-                await self._read(incoming, reader, progress, timeout_s)
+                await self._read(incoming, reader, progress, order.part_timeout_s)
             received = reader.finish()
         except PayloadRejected as error:
             await incoming.refuse(str(error))
