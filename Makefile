@@ -45,11 +45,13 @@ demo: $(STAMP)  ## Run the main job: broker, coordinator, three agents, shaped l
 .PHONY: test
 test: $(STAMP)  ## Run the tests (all but the slow ones).
 	$(BIN)/python -m scripts.prepare_model
+	$(BIN)/python -m scripts.prepare_model --weights fp32
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 .PHONY: test-slow
 test-slow: $(STAMP)  ## Run the slow tests.
 	$(BIN)/python -m scripts.prepare_model
+	$(BIN)/python -m scripts.prepare_model --weights fp32
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 .PHONY: check

@@ -32,7 +32,7 @@ from edge_agent.errors import AgentError
 from edge_agent.library import Library
 from edge_agent.link_quality import LinkMeter
 from edge_agent.memory import ContextStore
-from edge_agent.model.session import Model
+from edge_agent.model.session import Model, Runtime
 from edge_agent.model.text import Text
 from edge_agent.outgoing import Outgoing
 from edge_agent.parts import Parts
@@ -62,9 +62,10 @@ class Agent:
         """Load the model, join the bus, work until cancelled. Raises BundleInvalid, ModelUnsupported."""
         bundle = self._settings.bundle_path
         compute = self._settings.compute
-        model = await asyncio.to_thread(
-            Model, bundle, threads=compute.threads, prefill_chunk=compute.prefill_chunk_tokens
+        runtime = Runtime(
+            threads=compute.threads, spin=compute.spin, arena=compute.arena, flash_attention=compute.flash_attention
         )
+        model = await asyncio.to_thread(Model, bundle, runtime, prefill_chunk=compute.prefill_chunk_tokens)
         self._engine = Engine(model, Text(bundle, model.manifest))
         self._store = ContextStore(int(self._settings.memory.cache_budget_mb * MEGA))
         try:

@@ -27,7 +27,7 @@ T = TypeVar("T")
 RESERVED_TOKENS = 256
 """Room kept in the window for question and answer when a context is taken in."""
 
-MEASURE_SHORT_TOKENS, MEASURE_LONG_TOKENS, MEASURE_DECODE_TOKENS = 16, 144, 6
+MEASURE_SHORT_TOKENS, MEASURE_DECODE_TOKENS = 16, 6
 MEASURE_REPEATS = 2
 """The best of so many counts: at start other work disturbs."""
 
@@ -48,16 +48,13 @@ class Engine:
 
     async def start(self) -> Speed:
         """Prefill the prompt's prefix and measure this machine's speed."""
-        self._prefix = self.model.new_context()
-        prefix_ids = self.model.manifest.prompt.prefix_ids
-        await self._step(lambda: self._read_prefix(list(prefix_ids)))
         return await self._step(self._measure)
 
-    def after_prefix(self) -> LiveContext:
-        """A live context that has read the prompt's prefix."""
+    def after_prefix(self, *, room: int = 0) -> LiveContext:
+        """A live context that has read the prompt's prefix, with room for so many tokens more."""
         if self._prefix is None:
             raise RuntimeError("the engine has not been started")
-        return self._prefix.fork()
+        return self._prefix.fork(room=room)
 
     def check_fits(self, tokens: int) -> None:
         """Raise ContextTooLong if a context of so many tokens leaves no room for a question and its answer."""
@@ -71,19 +68,19 @@ class Engine:
 
         Raises ContextEmpty, ContextTooLong, ModelFailed, and CacheInvalid if the model computed a NaN.
         """
-        live = self.after_prefix()
-        start, seconds = live.entries, 0.0
+        live = self.after_prefix(room=len(ids))
+        start, seconds = live.next_position, 0.0
         for _, chunk in live.chunks(ids):
             async with self.turns.turn(asker):
-                seconds += (await self._timed(lambda chunk=chunk: live.step(chunk, logits=None)))[1]  # type: ignore[misc]
+                seconds += (await self._timed(lambda chunk=chunk: live.step(chunk, logits=None, keys=True)))[1]  # type: ignore[misc]
         self.meter.prefill(len(ids), seconds)
-        cache = await self._step(lambda: live.extract(start, live.entries))
+        cache = await self._step(lambda: live.extract(start, live.next_position))
         cache.check()
         return cache, seconds
 
     async def join(self, caches: list[Cache]) -> LiveContext:
         """Caches one after another behind the prefix, keys rotated to where they land."""
-        live = self.after_prefix()
+        live = self.after_prefix(room=sum(cache.entries for cache in caches) + RESERVED_TOKENS)
         for cache in caches:
             await self._step(lambda cache=cache: live.append(cache))  # type: ignore[misc]
         return live
@@ -122,44 +119,50 @@ class Engine:
     async def _step(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-    def _read_prefix(self, ids: list[int]) -> None:
-        if self._prefix is not None:
-            self._prefix.prefill(ids)
-
     def _measure(self) -> Speed:
-        """Prefill of two lengths, a few decodes, and the codec, on arbitrary token ids."""
-        rng = np.random.default_rng(0)
+        """Read the prompt's prefix and, with that and a few tokens more, measure this machine."""
         manifest = self.model.manifest
-        ids = [int(i) for i in rng.integers(0, manifest.vocabulary, MEASURE_LONG_TOKENS)]
-        seconds: dict[int, float] = {}
-        live = self.after_prefix()
-        live.fork().prefill(ids[:MEASURE_SHORT_TOKENS])  # the first run pays for what later ones reuse
-        for count in (MEASURE_SHORT_TOKENS, MEASURE_LONG_TOKENS) * MEASURE_REPEATS:
-            probe, start = live.fork(), time.perf_counter()
-            probe.prefill(ids[:count])
-            seconds[count] = min(seconds.get(count, float("inf")), time.perf_counter() - start)
-        per_token = max(1e-6, seconds[MEASURE_LONG_TOKENS] - seconds[MEASURE_SHORT_TOKENS]) / (
-            MEASURE_LONG_TOKENS - MEASURE_SHORT_TOKENS
-        )
-        fixed = max(0.0, seconds[MEASURE_SHORT_TOKENS] - MEASURE_SHORT_TOKENS * per_token)
-        start = time.perf_counter()
-        for token in ids[:MEASURE_DECODE_TOKENS]:
-            probe.prefill([token])
-        decode_s = (time.perf_counter() - start) / MEASURE_DECODE_TOKENS
-        cache = probe.extract(live.entries, live.entries + MEASURE_LONG_TOKENS)
-        header = payload_header(manifest, "0" * 32, ids, own_tokens=0, rung=recipe("q8"))
-        start = time.perf_counter()
-        data = b"".join(encode(header, cache, recipe("q8")))
-        encode_s = time.perf_counter() - start
-        start = time.perf_counter()
-        decode(data, expectation(manifest, 1 << 40))
-        decode_payload_s = time.perf_counter() - start
+        prefix_ids = list(manifest.prompt.prefix_ids)
+        few = prefix_ids[:MEASURE_SHORT_TOKENS]
+        seconds = {"few": float("inf"), "prefix": float("inf")}
+        self._timed_read(few)  # the first run pays for what later ones reuse
+        for _ in range(MEASURE_REPEATS):
+            seconds["few"] = min(seconds["few"], self._timed_read(few)[1])
+            prefix, took = self._timed_read(prefix_ids)
+            seconds["prefix"] = min(seconds["prefix"], took)
+        self._prefix = prefix
+        per_token = max(1e-6, seconds["prefix"] - seconds["few"]) / max(1, len(prefix_ids) - len(few))
+        cache = prefix.extract(0, len(prefix_ids))
+        encode_s, decode_payload_s = self._timed_codec(cache)
         return self.meter.begin(
             Speed(
-                prefill_fixed_s=fixed,
+                prefill_fixed_s=max(0.0, seconds["few"] - len(few) * per_token),
                 prefill_tps=1 / per_token,
-                decode_tps=1 / decode_s,
+                decode_tps=1 / self._timed_decode(prefix_ids),
                 encode_elements_per_s=cache.elements / encode_s,
                 decode_elements_per_s=cache.elements / decode_payload_s,
             )
         )
+
+    def _timed_read(self, ids: list[int]) -> tuple[LiveContext, float]:
+        """A new context that has read ids, and the seconds of it."""
+        live, start = self.model.new_context(), time.perf_counter()
+        live.prefill(ids)
+        return live, time.perf_counter() - start
+
+    def _timed_decode(self, ids: list[int]) -> float:
+        """Seconds of decoding one token."""
+        live, start = self.after_prefix(room=MEASURE_DECODE_TOKENS), time.perf_counter()
+        for token in ids[:MEASURE_DECODE_TOKENS]:
+            live.step(np.array([token], dtype=np.int32), logits="last")
+        return (time.perf_counter() - start) / min(len(ids), MEASURE_DECODE_TOKENS)
+
+    def _timed_codec(self, cache: Cache) -> tuple[float, float]:
+        """Seconds to encode a cache at 8 bits, and to decode it."""
+        manifest, rung = self.model.manifest, recipe("q8")
+        header = payload_header(manifest, "0" * 32, [0] * cache.entries, own_tokens=0, rung=rung)
+        start = time.perf_counter()
+        data = b"".join(encode(header, cache, rung))
+        encoded = time.perf_counter()
+        decode(data, expectation(manifest, 1 << 40))
+        return encoded - start, time.perf_counter() - encoded

@@ -4,6 +4,7 @@ AgentError
 ├── BundleInvalid          a model bundle is missing, truncated, or of a version this agent does not know
 ├── ModelUnsupported       the exported graph lacks an input or output the agent needs, or the cache does not fit it
 ├── ModelFailed            a run of the model failed (out of memory, say)
+├── MemoryShort            a buffer for a context would not fit the free memory
 ├── ContextTooLong         the tokens do not fit the model's window
 ├── ContextEmpty           there is nothing to prefill
 ├── ContextUnknown         no context of that id or name is held
@@ -32,6 +33,17 @@ class ModelUnsupported(AgentError):
 
 class ModelFailed(AgentError):
     """A run of the model failed."""
+
+
+class MemoryShort(AgentError):
+    """A buffer would not fit the memory that is free."""
+
+    def __init__(self, wanted_bytes: int, free_bytes: int) -> None:
+        super().__init__(
+            f"a context's buffer of {wanted_bytes / 1e6:.0f} MB does not fit the {free_bytes / 1e6:.0f} MB of memory "
+            "that are free; ask with shorter contexts or fewer of them"
+        )
+        self.wanted_bytes, self.free_bytes = wanted_bytes, free_bytes
 
 
 class ContextTooLong(AgentError):

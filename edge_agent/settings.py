@@ -20,6 +20,17 @@ class ComputeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     prefill_chunk_tokens: Annotated[
         int, Meta(title="tokens read in one run while prefilling", extra={"unit": "tokens"}, ge=8, le=8_192)
     ] = 128
+    spin: Annotated[
+        bool, Meta(title="whether threads spin while a run goes on; they never do between runs", extra={"unit": ""})
+    ] = True
+    arena: Annotated[
+        bool,
+        Meta(title="whether memory of a run is kept for the next: faster, a little larger", extra={"unit": ""}),
+    ] = True
+    flash_attention: Annotated[
+        bool,
+        Meta(title="tiled attention: less memory with long contexts, slower with short ones", extra={"unit": ""}),
+    ] = False
 
 
 class MemorySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from edge_agent.errors import BundleInvalid
-from scripts.prepare_model import default_bundle
+from scripts.prepare_model import PreparationError, default_bundle, prepare
 from tests import tiny
 
 # Whether a property holds does not depend on how busy the machine is.
@@ -33,9 +33,24 @@ def other_tiny_bundle() -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_gemma_bundle() -> Path:
+    """A random Gemma 3 of the same shape, whose first and last layer have a sliding window, as a bundle."""
+    return tiny.tiny_gemma_bundle()
+
+
+@pytest.fixture(scope="session")
 def bundle() -> Path:
     """The real SmolLM2 bundle. Mark tests that ask for it with `bundle`."""
     try:
         return default_bundle()
     except BundleInvalid as error:
+        pytest.fail(f"{error} (or leave these tests out with -m 'not bundle')")
+
+
+@pytest.fixture(scope="session")
+def exact_bundle() -> Path:
+    """The real SmolLM2 with float32 weights, for claims that hold up to rounding. Mark tests with `bundle`."""
+    try:
+        return prepare(None, weights="fp32").path
+    except PreparationError as error:
         pytest.fail(f"{error} (or leave these tests out with -m 'not bundle')")

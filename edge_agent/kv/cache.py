@@ -60,15 +60,20 @@ class Cache:
         """The part at positions [start, stop) of the context, positions unchanged."""
         return Cache(tuple(layer.between(start, stop) for layer in self.layers))
 
-    def check(self) -> None:
-        """Raise CacheInvalid, naming the layer, for disagreeing shapes, unordered positions, a NaN or an infinity."""
+    def check_form(self) -> None:
+        """Raise CacheInvalid, naming the layer, for disagreeing shapes or positions that do not rise from 0 on."""
         for index, layer in enumerate(self.layers):
             if layer.keys.shape != layer.values.shape or layer.keys.ndim != 3:
                 raise CacheInvalid(f"layer {index}: keys {layer.keys.shape} and values {layer.values.shape} disagree")
             if layer.keys.shape[1] != layer.entries:
                 raise CacheInvalid(f"layer {index}: {layer.keys.shape[1]} entries but {layer.entries} positions")
-            if np.any(np.diff(layer.positions) <= 0):
+            if np.any(np.diff(layer.positions, prepend=-1) <= 0):
                 raise CacheInvalid(f"layer {index}: positions do not rise")
+
+    def check(self) -> None:
+        """Raise CacheInvalid like check_form, and for a NaN or an infinity."""
+        self.check_form()
+        for index, layer in enumerate(self.layers):
             for kind, array in (("keys", layer.keys), ("values", layer.values)):
                 if not np.isfinite(array).all():
                     raise CacheInvalid(f"layer {index}: {kind} hold a NaN or an infinity")

@@ -8,6 +8,7 @@ that was cut short is never mistaken for a whole one.
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,7 @@ from broker_config.messages import ModelInfo, Rung
 from broker_config.messages.base import Digest
 from edge_agent.errors import BundleInvalid
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 
 Positive = Annotated[int, Meta(ge=1, le=2**31)]
@@ -33,10 +34,12 @@ class FileEntry(Struct, frozen=True, kw_only=True):
 
 
 class LayerSpec(Struct, frozen=True, kw_only=True):
-    """What one layer needs to have its cache moved: an index into `rotary`, and its sliding window (None: full)."""
+    """What one layer's attention is like: an index into `rotary`, its sliding window (None: full), and what products of
+    queries and keys are multiplied with."""
 
     rotary: Annotated[int, Meta(ge=0, le=64)]
     sliding_window: Positive | None = None
+    scale: Annotated[float, Meta(gt=0)]
 
 
 class Prompt(Struct, frozen=True, kw_only=True):
@@ -54,6 +57,26 @@ class Prompt(Struct, frozen=True, kw_only=True):
     stop: tuple[str, ...]
 
 
+class Precision(Struct, frozen=True, kw_only=True):
+    """What one choice of weights takes and costs, measured when the bundle was made, over `tokens` of given text.
+
+    load_s: on the machine that prepared it. nll_nats: mean negative log likelihood of a token (perplexity is its
+    exponential); kl_nats and agreement: mean KL divergence from float32 weights and share of equal argmaxes.
+    """
+
+    weights: str
+    size_bytes: Annotated[int, Meta(ge=0)]
+    load_s: float
+    tokens: Positive
+    nll_nats: float
+    kl_nats: Annotated[float, Meta(ge=0)]
+    agreement: Annotated[float, Meta(ge=0, le=1)]
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nll_nats)
+
+
 class Manifest(Struct, frozen=True, kw_only=True):
     """manifest.json.
 
@@ -67,6 +90,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
     fingerprint: Digest
     tokenizer_digest: Digest
     weight_precision: str
+    precisions: tuple[Precision, ...] = ()
     model_file: str
     layers: Annotated[tuple[LayerSpec, ...], Meta(min_length=1, max_length=512)]
     kv_heads: Positive

@@ -11,14 +11,19 @@ import numpy as np
 from edge_agent.kv.cache import Float32, Int32
 
 
+def angles(positions: Int32, frequencies: Float32) -> tuple[Float32, Float32]:
+    """Cosines and sines, float32 (entries, head_dim/2), of positions (entries,) at frequencies (head_dim/2,)."""
+    radians = (positions.astype(np.float32)[:, None] * frequencies[None, :]).astype(np.float64)
+    return np.cos(radians).astype(np.float32), np.sin(radians).astype(np.float32)
+
+
 def rotate(keys: Float32, positions: Int32, frequencies: Float32) -> Float32:
     """Keys rotated forward by their positions.
 
     keys: float32 (kv_heads, entries, head_dim); positions: int32 (entries,), negative ones rotate backward;
     frequencies: float32 (head_dim/2,), radians per position. A new array.
     """
-    angles = (positions.astype(np.float32)[:, None] * frequencies[None, :]).astype(np.float64)
-    cosine, sine = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    cosine, sine = angles(positions, frequencies)
     half = keys.shape[-1] // 2
     first, second = keys[..., :half], keys[..., half:]
     out = np.empty(keys.shape, dtype=np.float32)

@@ -1,127 +1,195 @@
 """The exported language model under onnxruntime.
 
-`Model` is one loaded graph; a `LiveContext` is what it has read so far: past keys (rotated, as the graph wants them)
-and values, entry by entry. Live contexts are cheap to fork, since a run never changes the arrays it was given.
+`Model` is one loaded graph; a `LiveContext` is what it has read so far, in a buffer of its own that runs write in
+place: nothing is copied from step to step. Any number of live contexts share one model.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import onnxruntime as ort
 
 from edge_agent.errors import ContextEmpty, ContextTooLong, ModelFailed, ModelUnsupported
 from edge_agent.kv.cache import Cache, Float32, Int32, Layer
+from edge_agent.model.attention import Queries, attention_mass
+from edge_agent.model.buffer import Buffer, Form
 from edge_agent.model.manifest import Manifest, read_manifest
-from edge_agent.model.rotary import rotate, unrotate
+from edge_agent.model.plain import PlainKeys, plain_between
+from edge_agent.model.rotary import angles, unrotate
+from edge_agent.model.signature import (
+    FILLED,
+    INPUT_IDS,
+    LOGIT_ROWS,
+    LOGITS,
+    ROTATION_FILE,
+    TOTAL,
+    cosine_name,
+    keys_name,
+    past_name,
+    present_name,
+    queries_name,
+    sine_name,
+    window_bias_name,
+)
 
 DEFAULT_PREFILL_CHUNK = 128
+_NO_FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
+FIRST_CAPACITY = 256
+_NOTHING: Float32 = np.zeros(0, dtype=np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """How onnxruntime works on this device.
+
+    threads: of one run (0: one per core). spin: whether threads spin while a run goes on; they never do between runs.
+    arena: whether freed memory is kept for the next run. flash_attention: attention in tiles, which holds less memory
+    when contexts are long; onnxruntime 1.31's is slower than its plain one up to some thousand tokens.
+    """
+
+    threads: int = 1
+    spin: bool = True
+    arena: bool = True
+    flash_attention: bool = False
+
+    def session(self, path: Path) -> ort.InferenceSession:
+        """A session over the graph at `path`. Raises what onnxruntime raises."""
+        os.environ[_NO_FLASH] = "0" if self.flash_attention else "1"  # read when a session is made
+        return ort.InferenceSession(path, self.options(), providers=["CPUExecutionProvider"])
+
+    def options(self) -> ort.SessionOptions:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.enable_mem_pattern = False  # shapes change with every run
+        options.enable_cpu_mem_arena = self.arena
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self.spin else "0")
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # other work shares the device
+        options.log_severity_level = 4  # a failed run is an error of ours, in one line
+        return options
 
 
 class Model:
-    """One loaded graph. Thread-safe for runs; threads: intra-op threads (0: one per core)."""
+    """One loaded graph. Runs are safe from several threads, as long as each live context is used by one at a time."""
 
-    def __init__(self, bundle: Path, *, threads: int = 1, prefill_chunk: int = DEFAULT_PREFILL_CHUNK) -> None:
+    def __init__(
+        self, bundle: Path, runtime: Runtime | None = None, *, prefill_chunk: int = DEFAULT_PREFILL_CHUNK
+    ) -> None:
         self.manifest: Manifest = read_manifest(bundle)
         self.prefill_chunk = prefill_chunk
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.enable_mem_pattern = False  # shapes change with every run
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # several agents may share a machine
-        options.log_severity_level = 3
         path = bundle / self.manifest.model_file
         try:
-            self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            self.session = (runtime or Runtime()).session(path)
         except Exception as error:  # noqa: BLE001 onnxruntime raises bare types of its own
             raise ModelUnsupported(f"{path} can't be loaded: {str(error).splitlines()[0]}") from None
-        self._inputs = {node.name for node in self._session.get_inputs()}
-        self._outputs = [node.name for node in self._session.get_outputs()]
         self._check_graph()
+        self._rotation = _rotation(bundle)
         self._frequencies = [np.array(row, dtype=np.float32) for row in self.manifest.rotary]
-        self._states = [
-            f"past_key_values.{index}.{kind}" for index in range(len(self.manifest.layers)) for kind in ("key", "value")
+        self.windows = [
+            (i, layer.sliding_window) for i, layer in enumerate(self.manifest.layers) if layer.sliding_window
         ]
-        self._presents = [name.replace("past_key_values", "present") for name in self._states]
+        self.form = Form(len(self.manifest.layers), self.manifest.kv_heads, self.manifest.head_dim)
 
     def _check_graph(self) -> None:
         """Refuse by name what the graph lacks."""
-        layers = range(len(self.manifest.layers))
-        wanted_in = {"input_ids", "attention_mask"} | {
-            f"past_key_values.{i}.{kind}" for i in layers for kind in ("key", "value")
-        }
-        wanted_out = {"logits"} | {f"present.{i}.{kind}" for i in layers for kind in ("key", "value")}
-        for what, missing, extra in (
-            ("input", wanted_in - self._inputs, self._inputs - wanted_in - {"position_ids"}),
-            ("output", wanted_out - set(self._outputs), set[str]()),
-        ):
+        layers, kinds = range(len(self.manifest.layers)), ("key", "value")
+        inputs = {INPUT_IDS, LOGIT_ROWS, FILLED, TOTAL} | {past_name(i, kind) for i in layers for kind in kinds}
+        for index in range(len(self.manifest.rotary)):
+            inputs |= {cosine_name(index), sine_name(index)}
+        inputs |= {window_bias_name(i) for i in layers if self.manifest.layers[i].sliding_window}
+        outputs = {LOGITS} | {present_name(i, kind) for i in layers for kind in kinds}
+        outputs |= {name(i) for i in layers for name in (keys_name, queries_name)}
+        found_in = {node.name for node in self.session.get_inputs()}
+        found_out = {node.name for node in self.session.get_outputs()}
+        for what, missing in (("input", inputs - found_in), ("output", outputs - found_out)):
             if missing:
-                raise ModelUnsupported(f"the exported graph lacks {what} {min(missing)} ({len(missing)} missing)")
-            if extra:
-                raise ModelUnsupported(f"the exported graph wants an {what} this agent does not know: {min(extra)}")
+                raise ModelUnsupported(f"the graph lacks {what} {min(missing)} ({len(missing)} missing)")
+        if extra := found_in - inputs:
+            raise ModelUnsupported(f"the graph wants an input this agent does not know: {min(extra)}")
 
-    def new_context(self) -> LiveContext:
-        """An empty live context."""
-        shape = (1, self.manifest.kv_heads, 0, self.manifest.head_dim)
-        empty = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype=np.float32))
-        return LiveContext(self, [empty] * len(self._states), np.zeros(0, dtype=np.int32))
+    def new_context(self, *, capacity: int = FIRST_CAPACITY) -> LiveContext:
+        """An empty live context with room for `capacity` entries; it grows when it must. Raises MemoryShort."""
+        return LiveContext(self, Buffer(self.form, capacity), 0)
 
     def frequencies(self, layer: int) -> Float32:
         """Rotary frequencies of a layer, float32 (head_dim/2,)."""
         return self._frequencies[self.manifest.layers[layer].rotary]
 
-    def run(
-        self, ids: Int32, positions: Int32, past: list[ort.OrtValue], *, logits: bool
-    ) -> tuple[ort.OrtValue | None, list[ort.OrtValue]]:
-        """One run of the graph over ids after past. Returns the logits (if wanted) and the new past."""
-        entries = past[0].shape()[2]
-        feeds = dict(zip(self._states, past, strict=True))
-        feeds["input_ids"] = _int64(ids)
-        feeds["attention_mask"] = _int64(np.ones(entries + len(ids), dtype=np.int64))
-        if "position_ids" in self._inputs:
-            feeds["position_ids"] = _int64(positions)
-        elif len(positions) and int(positions[0]) != entries:
-            raise ModelUnsupported("this graph has no position_ids: entries can only stand at their own positions")
-        names = (["logits"] if logits else []) + self._presents
-        try:
-            out = self._session.run_with_ort_values(names, feeds)
-        except Exception as error:  # noqa: BLE001 onnxruntime raises bare types of its own
-            raise ModelFailed(f"the model run failed: {str(error).splitlines()[0]}") from None
-        return (out[0], out[1:]) if logits else (None, out)
+    def rotated(self, layer: int, keys: Float32, positions: Int32) -> Float32:
+        """Keys of a layer, float32 (kv_heads, entries, head_dim), with the phase of positions (entries,).
+
+        By the operator that the graph itself uses: at the same position the same key gets the same bits.
+        """
+        cosine, sine = angles(positions, self.frequencies(layer))
+        found: Float32 = self._rotation.run(None, {"keys": keys[None], "cos": cosine, "sin": sine})[0][0]
+        return found
+
+    def angles(self, positions: Int32) -> list[tuple[Float32, Float32]]:
+        """Cosines and sines, float32 (tokens, head_dim/2), of each rotary embedding."""
+        return [angles(positions, frequencies) for frequencies in self._frequencies]
 
 
 class LiveContext:
-    """What a model has read so far. `entries` counts cache entries; the next token stands at `next_position`."""
+    """What a model has read so far. The next token stands at `next_position`; layers may have fewer entries."""
 
-    def __init__(self, model: Model, past: list[ort.OrtValue], positions: Int32) -> None:
-        self._model = model
-        self._past = past
-        self._positions = positions
+    def __init__(
+        self,
+        model: Model,
+        buffer: Buffer,
+        next_position: int,
+        *,
+        plain: Sequence[PlainKeys] = (),
+        queries: Queries | None = None,
+    ) -> None:
+        self._model, self._buffer = model, buffer
+        self._next_position = next_position
+        self._plain, self._queries = list(plain), queries
+        self._bindings: dict[tuple[str, ...], ort.IOBinding] = {}
 
     @property
     def entries(self) -> int:
-        return int(self._positions.shape[0])
+        """Entries of the fullest layer."""
+        return self._buffer.entries
 
     @property
     def next_position(self) -> int:
-        return int(self._positions[-1]) + 1 if self.entries else 0
+        return self._next_position
 
-    def fork(self) -> LiveContext:
-        """A copy that goes its own way; shares what was read so far."""
-        return LiveContext(self._model, list(self._past), self._positions)
+    @property
+    def capacity(self) -> int:
+        """Entries that fit before the buffer must grow."""
+        return self._buffer.capacity
+
+    def fork(self, *, room: int = 0) -> LiveContext:
+        """A copy that goes its own way, with room for so many entries more before it must grow. Raises MemoryShort."""
+        buffer = self._buffer.copy(_capacity(self.entries + room), room=room)
+        return LiveContext(self._model, buffer, self._next_position, plain=self._plain, queries=self._queries)
 
     def prefill(
-        self, ids: Sequence[int], *, all_logits: bool = False, on_chunk: Callable[[int], None] | None = None
+        self,
+        ids: Sequence[int],
+        *,
+        all_logits: bool = False,
+        queries: bool = False,
+        on_chunk: Callable[[int], None] | None = None,
     ) -> Float32:
         """Read ids in chunks. Returns logits, float32 (vocabulary,) after the last, or (len(ids), vocabulary) for all.
 
-        on_chunk is called with the number of ids read so far. Raises ContextEmpty, ContextTooLong.
+        Keys without phase are kept, so that what is read here can be extracted exactly. queries: remember the last ones
+        for `attention_mass`. on_chunk is called with the number of ids read so far.
+        Raises ContextEmpty, ContextTooLong, MemoryShort, ModelFailed.
         """
         rows: list[Float32] = []
         for last_of, chunk in self.chunks(ids):
-            rows.append(self.step(chunk, logits="all" if all_logits else "last" if last_of == len(ids) else None))
+            last: Literal["last"] | None = "last" if last_of == len(ids) else None
+            rows.append(self.step(chunk, logits="all" if all_logits else last, keys=True, queries=queries))
             if on_chunk:
                 on_chunk(last_of)
         return np.concatenate(rows) if all_logits else rows[-1]
@@ -130,65 +198,160 @@ class LiveContext:
         """The pieces in which ids are to be read: (ids read once it is done, piece). Raises like prefill."""
         if not len(ids):
             raise ContextEmpty("no tokens to prefill")
-        self.check_room(len(ids))
+        self.reserve(len(ids))
         array = np.asarray(ids, dtype=np.int32)
         size = self._model.prefill_chunk
         return [(min(at + size, len(array)), array[at : at + size]) for at in range(0, len(array), size)]
 
-    def check_room(self, tokens: int) -> None:
-        """Raise ContextTooLong if so many tokens more would not fit the window."""
+    def reserve(self, tokens: int) -> None:
+        """Make room for so many tokens more. Raises ContextTooLong, MemoryShort; nothing is changed then."""
         window = self._model.manifest.window_tokens
-        if self.next_position + tokens > window:
-            raise ContextTooLong(self.next_position + tokens, window)
+        if self._next_position + tokens > window:
+            raise ContextTooLong(self._next_position + tokens, window)
+        if self.entries + tokens > self.capacity:
+            self._buffer = self._buffer.copy(_capacity(self.entries + tokens), room=tokens)
+            self._bindings.clear()
 
-    def step(self, ids: Int32, *, logits: str | None) -> Float32:
-        """One run over ids. logits: None, "last" (vocabulary,) or "all" (len(ids), vocabulary)."""
-        start = self.next_position
-        positions = np.arange(start, start + len(ids), dtype=np.int32)
-        out, past = self._model.run(ids, positions, self._past, logits=logits is not None)
-        self._past, self._positions = past, np.concatenate([self._positions, positions])
-        if out is None:
-            return np.zeros(0, dtype=np.float32)
-        rows: Float32 = out.numpy()[0]
-        return rows if logits == "all" else rows[-1].copy()
+    def step(
+        self, ids: Int32, *, logits: Literal["last", "all"] | None, keys: bool = False, queries: bool = False
+    ) -> Float32:
+        """One run over ids. logits: None for an empty array, "last" (vocabulary,) or "all" (len(ids), vocabulary).
+
+        keys: keep the tokens' keys without phase, for an exact `extract`; queries: for `attention_mass`.
+        Raises ContextTooLong, MemoryShort, ModelFailed; what was read before is intact then.
+        """
+        self.reserve(len(ids))
+        positions = np.arange(self._next_position, self._next_position + len(ids), dtype=np.int32)
+        layers = range(self._model.form.layers)
+        outputs = [LOGITS, *(keys_name(i) for i in layers if keys), *(queries_name(i) for i in layers if queries)]
+        binding = self._bound(outputs)
+        for name in outputs:
+            binding.bind_output(name)  # made anew by every run, or it would have to fit the last one's
+        for name, array in self._feeds(ids, positions, logits).items():
+            binding.bind_cpu_input(name, array)
+        try:
+            self._model.session.run_with_iobinding(binding)
+        except Exception as error:  # noqa: BLE001 onnxruntime raises bare types of its own
+            raise ModelFailed(f"the model run failed: {str(error).splitlines()[0]}") from None
+        self._buffer.note(positions)
+        self._next_position += len(ids)
+        vector = binding.get_outputs_as_ortvaluevector()
+        found = [vector[index].numpy()[0] for index in range(len(outputs))]
+        if keys:
+            self._plain.append(PlainKeys(int(positions[0]), tuple(found[1 : 1 + len(layers)])))
+        if queries:
+            self._queries = Queries.after(self._queries, positions, found[-len(layers) :])
+        rows: Float32 = found[0]
+        return rows if logits == "all" else rows[0] if logits == "last" else _NOTHING
+
+    def _bound(self, outputs: Sequence[str]) -> ort.IOBinding:
+        """The graph's view of this buffer, after these outputs: it reads it and writes behind what is filled."""
+        if tuple(outputs) in self._bindings:
+            return self._bindings[tuple(outputs)]
+        binding = self._model.session.io_binding()
+        for name in outputs:
+            binding.bind_output(name)
+        names = [(layer, kind) for layer in range(self._model.form.layers) for kind in ("key", "value")]
+        for (layer, kind), value in zip(names, self._buffer.values, strict=True):
+            binding.bind_ortvalue_input(past_name(layer, kind), value)
+            binding.bind_ortvalue_output(present_name(layer, kind), value)
+        self._bindings[tuple(outputs)] = binding
+        return binding
+
+    def _feeds(self, ids: Int32, positions: Int32, logits: str | None) -> dict[str, npt.NDArray[Any]]:
+        count, total = len(ids), self.entries + len(ids)
+        first = 0 if logits == "all" else count - 1
+        feeds: dict[str, npt.NDArray[Any]] = {
+            INPUT_IDS: np.ascontiguousarray(ids, dtype=np.int64)[None],
+            LOGIT_ROWS: np.arange(first, count, dtype=np.int64),
+            FILLED: self._buffer.filled + np.int32(count - 1),
+            TOTAL: np.array(total, dtype=np.int32),
+        }
+        for index, (cosine, sine) in enumerate(self._model.angles(positions)):
+            feeds[cosine_name(index)], feeds[sine_name(index)] = cosine, sine
+        for layer, window in self._model.windows:
+            feeds[window_bias_name(layer)] = self._buffer.window_bias(layer, window, positions, total)
+        return feeds
+
+    def attention_mass(self) -> list[Float32]:
+        """Share of the attention of the last queries (at most 32) that falls on each entry, by layer and KV head.
+
+        Float32 (kv_heads, entries) for each layer, the mean over the queries and over the query heads of a KV head, so
+        that each row sums to one. The queries are those of the last tokens read with `queries`. Raises ModelUnsupported
+        if there are none.
+        """
+        if self._queries is None:
+            raise ModelUnsupported("no queries were kept: read the tokens with queries=True")
+        return [
+            attention_mass(
+                self._queries.layers[layer],
+                self._queries.positions,
+                self._buffer.keys(layer),
+                self._buffer.positions(layer),
+                scale=self._model.manifest.layers[layer].scale,
+                window=self._model.manifest.layers[layer].sliding_window,
+            )
+            for layer in range(self._model.form.layers)
+        ]
 
     def extract(self, start: int, stop: int) -> Cache:
-        """Entries [start, stop) as a cache: keys without phase, positions relative to the first of them."""
-        if not 0 <= start <= stop <= self.entries:
-            raise ModelUnsupported(f"entries {start} to {stop} of {self.entries} can't be extracted")
-        positions = self._positions[start:stop]
-        relative = positions - (positions[0] if len(positions) else 0)
+        """The entries at positions [start, stop) as a cache: keys without phase, positions relative to start.
+
+        Exact where keys were kept while they were read, else within float32 rounding.
+        """
+        if not 0 <= start <= stop <= self._next_position:
+            raise ModelUnsupported(f"positions {start} to {stop} of {self._next_position} can't be extracted")
         layers = []
-        for index in range(len(self._past) // 2):
-            keys = self._past[2 * index].numpy()[0, :, start:stop]
-            values = np.ascontiguousarray(self._past[2 * index + 1].numpy()[0, :, start:stop])
-            layers.append(Layer(unrotate(keys, positions, self._model.frequencies(index)), values, relative))
+        plain = plain_between(self._plain, start, stop)
+        for index in range(self._model.form.layers):
+            positions = self._buffer.positions(index)
+            first, last = np.searchsorted(positions, (start, stop))
+            values = self._buffer.layer_values(index)[:, first:last].copy()
+            at = positions[first:last]
+            if plain is None:
+                keys = unrotate(self._buffer.keys(index)[:, first:last], at, self._model.frequencies(index))
+            else:
+                keys = np.ascontiguousarray(plain[index].reshape(len(at), *values.shape[::2]).transpose(1, 0, 2))
+            layers.append(Layer(keys, values, at - np.int32(start)))
         return Cache(tuple(layers))
 
     def append(self, cache: Cache, *, tokens: int | None = None) -> None:
         """Put a cache after what was read: its entry at relative position p stands at next_position + p.
 
-        tokens: how many positions the context spans (default: up to its last entry). Raises ContextTooLong, and
-        ModelUnsupported for a cache this graph can't hold (another number of layers, or entries that differ by layer).
+        tokens: how many positions the context spans (default: up to its last entry); layers may have any part of them.
+        Raises ContextTooLong, MemoryShort, CacheInvalid, and ModelUnsupported for a cache this model can't hold;
+        nothing is changed then.
         """
-        if len(cache.layers) != len(self._past) // 2:
-            raise ModelUnsupported(f"a cache of {len(cache.layers)} layers does not fit {len(self._past) // 2}")
-        positions = cache.layers[0].positions
-        if any(not np.array_equal(layer.positions, positions) for layer in cache.layers[1:]):
-            raise ModelUnsupported("this graph can't hold different entries in different layers")
-        span = tokens if tokens is not None else (int(positions[-1]) + 1 if len(positions) else 0)
-        if span != len(positions):
-            raise ModelUnsupported(f"this graph can't hold a context of {span} tokens in {len(positions)} entries")
-        self.check_room(span)
-        landing = positions + np.int32(self.next_position)
-        past = []
+        form = self._model.form
+        if len(cache.layers) != form.layers:
+            raise ModelUnsupported(f"a cache of {len(cache.layers)} layers does not fit {form.layers}")
+        cache.check_form()
         for index, layer in enumerate(cache.layers):
-            keys = rotate(layer.keys, landing, self._model.frequencies(index))
-            for old, new in zip(self._past[2 * index : 2 * index + 2], (keys, layer.values), strict=True):
-                joined = np.concatenate([old.numpy(), new[None]], axis=2)
-                past.append(ort.OrtValue.ortvalue_from_numpy(joined))
-        self._past, self._positions = past, np.concatenate([self._positions, landing])
+            heads, _, head_dim = layer.keys.shape
+            if (heads, head_dim) != (form.kv_heads, form.head_dim):
+                raise ModelUnsupported(
+                    f"layer {index} of a cache has {heads} KV heads of {head_dim}, "
+                    f"the model {form.kv_heads} of {form.head_dim}"
+                )
+        last = max((int(layer.positions[-1]) + 1 for layer in cache.layers if layer.entries), default=0)
+        span = last if tokens is None else tokens
+        if last > span:
+            raise ModelUnsupported(f"a cache with an entry at position {last - 1} does not fit {span} tokens")
+        self.reserve(span)
+        for index, layer in enumerate(cache.layers):
+            landing = layer.positions + np.int32(self._next_position)
+            self._buffer.write(index, self._model.rotated(index, layer.keys, landing), layer.values, landing)
+        self._next_position += span
 
 
-def _int64(values: Int32) -> ort.OrtValue:
-    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(values, dtype=np.int64)[None])
+def _rotation(bundle: Path) -> ort.InferenceSession:
+    path = bundle / ROTATION_FILE
+    try:
+        return Runtime().session(path)
+    except Exception as error:  # noqa: BLE001 onnxruntime raises bare types of its own
+        raise ModelUnsupported(f"{path} can't be loaded: {str(error).splitlines()[0]}") from None
+
+
+def _capacity(entries: int) -> int:
+    """The next power of two: buffers grow by doubling."""
+    return max(FIRST_CAPACITY, 1 << (entries - 1).bit_length())

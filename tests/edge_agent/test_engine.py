@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 from edge_agent.engine import RESERVED_TOKENS, Engine
 from edge_agent.errors import ContextEmpty, ContextTooLong
-from edge_agent.kv.cache import Float32
+from edge_agent.kv.cache import Float32, Int32
 from edge_agent.model.session import LiveContext, Model
 from edge_agent.model.text import AnswerText, Text
 from tests import tiny
@@ -102,9 +103,9 @@ async def test_two_prefills_take_turns(engine: Engine, monkeypatch: pytest.Monke
     order: list[int] = []
     real = LiveContext.step
 
-    def step(live: LiveContext, ids: np.ndarray, *, logits: str | None) -> Float32:
+    def step(live: LiveContext, ids: Int32, **how: Any) -> Float32:
         order.append(int(ids[0]))
-        return real(live, ids, logits=logits)
+        return real(live, ids, **how)
 
     monkeypatch.setattr(LiveContext, "step", step)
     async with engine.turns.turn("holder"):
@@ -121,9 +122,9 @@ async def test_a_short_prefill_waits_for_a_chunk_of_a_long_one_and_not_for_all(
     order: list[int] = []
     real = LiveContext.step
 
-    def step(live: LiveContext, ids: np.ndarray, *, logits: str | None) -> Float32:
+    def step(live: LiveContext, ids: Int32, **how: Any) -> Float32:
         order.append(int(ids[0]))
-        return real(live, ids, logits=logits)
+        return real(live, ids, **how)
 
     monkeypatch.setattr(LiveContext, "step", step)
     async with engine.turns.turn("holder"):

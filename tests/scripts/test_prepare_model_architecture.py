@@ -89,6 +89,7 @@ def test_what_could_not_be_moved_is_refused_by_name() -> None:
         ("SmolLM3", {"no_rope_layer_interval": 4}),
         ("Cohere", {}),
         ("Phi", {}),
+        ("Gemma2", {"head_dim": 16}),
     )  # fmt: skip
     wanted = (
         "rotary type 'dynamic' changes with the length",
@@ -97,6 +98,7 @@ def test_what_could_not_be_moved_is_refused_by_name() -> None:
         "smollm3: keys of layer 3 do not turn as half-split",
         "cohere: keys of layer 0 do not turn as half-split",
         "phi: only 8 of 16 key dimensions rotate",
+        "it: attention scores are capped softly",
     )
     assert all(isinstance(line, str) for line in said)
     assert [words for words, line in zip(wanted, said, strict=True) if words not in line] == []

