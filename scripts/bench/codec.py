@@ -16,7 +16,7 @@ from edge_agent.kv.reader import decode
 from edge_agent.kv.recipe import FIRST_LADDER, Recipe
 from edge_agent.model.exchange import expectation, payload_header
 from edge_agent.model.manifest import Manifest
-from edge_agent.model.session import LiveContext, Model
+from edge_agent.model.session import Model, Runtime
 from edge_agent.model.text import Text
 from scripts.bench.measure import Timed, in_turn
 
@@ -45,14 +45,14 @@ class CodecBench(Struct, frozen=True, kw_only=True):
 
 def codec_bench(bundle: Path, texts: list[str], *, threads: int, repeats: int) -> CodecBench:
     """Encode and decode of TOKENS tokens of real text for every rung of the first ladder, and two peers."""
-    model = Model(bundle, threads=threads)
+    model = Model(bundle, Runtime(threads=threads))
     text = Text(bundle, model.manifest)
     ids = text.ids(" ".join(texts))[:TOKENS]
     prefix = model.new_context()
     prefix.prefill(model.manifest.prompt.prefix_ids)
     live = prefix.fork()
     live.prefill(ids)
-    cache = live.extract(prefix.entries, live.entries)
+    cache = live.extract(prefix.next_position, live.next_position)
     made = {recipe.name: _encode(model.manifest, cache, recipe) for recipe in FIRST_LADDER}
     halves = [array.astype(np.float16) for layer in cache.layers for array in (layer.keys, layer.values)]
     raw = b"".join(array.tobytes() for array in halves)
@@ -83,42 +83,6 @@ def codec_bench(bundle: Path, texts: list[str], *, threads: int, repeats: int) -
             )
             for name, size in sizes.items()
         ),
-    )
-
-
-class RuntimeBench(Struct, frozen=True, kw_only=True):
-    """Tokens per second of the model as the agent runs it, by prompt length, and of decoding after 512 tokens."""
-
-    threads: int
-    prefill_tps: dict[int, float]
-    decode_tps: float
-
-
-def runtime_bench(bundle: Path, texts: list[str], *, threads: int, repeats: int) -> RuntimeBench:
-    """Prefill of 128 and 512 tokens, decode of 16."""
-    model = Model(bundle, threads=threads)
-    ids = Text(bundle, model.manifest).ids(" ".join(texts))[:TOKENS]
-    warm = model.new_context()
-    warm.prefill(ids)
-
-    def decode_some() -> LiveContext:
-        live = warm.fork()
-        for token in ids[:16]:
-            live.prefill([token])
-        return live
-
-    timed = in_turn(
-        {
-            "128": lambda: model.new_context().prefill(ids[:128]),
-            "512": lambda: model.new_context().prefill(ids),
-            "decode": decode_some,
-        },
-        repeats,
-    )
-    return RuntimeBench(
-        threads=threads,
-        prefill_tps={128: 128 / timed["128"].median_s, len(ids): len(ids) / timed["512"].median_s},
-        decode_tps=16 / timed["decode"].median_s,
     )
 
 
