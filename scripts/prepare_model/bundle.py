@@ -78,6 +78,8 @@ def exported_graph(model: str | None = None, *, root: Path | None = None) -> Pat
     root, clock, versions = root or cache.cache_root(), Clock(Progress()), cache.shaping_versions()
     found = source.resolve(model)
     export = export_place(found, versions, root)
+    if cache.find_export(export) is not None:
+        return export / MODEL_FILE
     with cache.locked(root, lambda: None):
         ensure_export(found, calibration.read_texts(None), export, root=root, clock=clock)
     return export / MODEL_FILE
