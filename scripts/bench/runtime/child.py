@@ -106,7 +106,11 @@ class Child:
                 time.sleep(IDLE_STEP_S)
 
     def _ending(self) -> str:
-        status = self._process.wait()
+        try:
+            status = self._process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:  # it gave up its output, but goes on
+            self._process.kill()
+            status = self._process.wait()
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"

@@ -58,7 +58,8 @@ def _draw(panel: Any, rows: list[Row], reference: Row, job: str) -> None:
     for at, row in enumerate(rows):
         found = ratio(row, reference, job)
         if found is None:
-            panel.text(0, at, " not measured", va="center", fontsize=7, color="#555555")
+            beside = panel.get_yaxis_transform()  # within the panel, whatever its scale
+            panel.text(0.02, at, "not measured", transform=beside, va="center", fontsize=7, color="#555555")
             continue
         ours = row.name in _OUR_NAMES
         panel.barh(at, found.median, color=_OURS if ours else _OTHERS, hatch=None if ours else "//", edgecolor="white")
@@ -69,6 +70,8 @@ def _draw(panel: Any, rows: list[Row], reference: Row, job: str) -> None:
     panel.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
     panel.tick_params(axis="x", labelsize=7)
     panel.margins(x=0.22)
+    panel.set_xlim(left=0)
+    panel.set_ylim(-0.5, len(rows) - 0.5)
     panel.spines[["top", "right"]].set_visible(False)
 
 
