@@ -32,7 +32,7 @@ _ENDING_TOKENS = (
 )
 
 
-# Tokens that begin every text of the models that have them, where the tokenizer's configuration does not say.
+# Tokens that begin every text of the models that have them, unless the tokenizer's configuration says no.
 _LEADING_TOKENS = frozenset({"<bos>", "<s>", "<|begin_of_text|>"})
 
 
@@ -152,15 +152,19 @@ def _windows(config: Any, types: list[str]) -> list[int | None]:
 
 
 def leading_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:
-    """The beginning-of-sequence token, if the model's tokenizer is configured to put one before every text."""
+    """The beginning-of-sequence token, if the model wants one before every text.
+
+    A chat's opening token (SmolLM2's <|im_start|>) is none, though a configuration may call it so: its texts read worse
+    with it.
+    """
     path = directory / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     named = settings.get("bos_token")
     token = named.get("content") if isinstance(named, dict) else named
-    found = tokenizer.token_to_id(token) if isinstance(token, str) else None
-    if found is None or not settings.get("add_bos_token", token in _LEADING_TOKENS):
+    if token not in _LEADING_TOKENS or not settings.get("add_bos_token", True):
         return ()
-    return (int(found),)
+    found = tokenizer.token_to_id(token)
+    return () if found is None else (int(found),)
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
