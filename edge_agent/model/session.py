@@ -60,9 +60,12 @@ class Runtime:
     flash_attention: bool = False
 
     def session(self, path: Path) -> ort.InferenceSession:
-        """A session over the graph at `path`. Raises what onnxruntime raises."""
+        """A session over the graph at `path`. Raises ModelUnsupported."""
         os.environ[_NO_FLASH] = "0" if self.flash_attention else "1"  # read when a session is made
-        return ort.InferenceSession(path, self.options(), providers=["CPUExecutionProvider"])
+        try:
+            return ort.InferenceSession(path, self.options(), providers=["CPUExecutionProvider"])
+        except Exception as error:  # noqa: BLE001 onnxruntime raises bare types of its own
+            raise ModelUnsupported(f"{path} can't be loaded: {str(error).splitlines()[0]}") from None
 
     def options(self) -> ort.SessionOptions:
         options = ort.SessionOptions()
@@ -84,13 +87,9 @@ class Model:
     ) -> None:
         self.manifest: Manifest = read_manifest(bundle)
         self.prefill_chunk = prefill_chunk
-        path = bundle / self.manifest.model_file
-        try:
-            self.session = (runtime or Runtime()).session(path)
-        except Exception as error:  # noqa: BLE001 onnxruntime raises bare types of its own
-            raise ModelUnsupported(f"{path} can't be loaded: {str(error).splitlines()[0]}") from None
+        self.session = (runtime or Runtime()).session(bundle / self.manifest.model_file)
         self._check_graph()
-        self._rotation = _rotation(bundle)
+        self._rotation = Runtime().session(bundle / ROTATION_FILE)
         self._frequencies = [np.array(row, dtype=np.float32) for row in self.manifest.rotary]
         self.windows = [
             (i, layer.sliding_window) for i, layer in enumerate(self.manifest.layers) if layer.sliding_window
@@ -342,14 +341,6 @@ class LiveContext:
             landing = layer.positions + np.int32(self._next_position)
             self._buffer.write(index, self._model.rotated(index, layer.keys, landing), layer.values, landing)
         self._next_position += span
-
-
-def _rotation(bundle: Path) -> ort.InferenceSession:
-    path = bundle / ROTATION_FILE
-    try:
-        return Runtime().session(path)
-    except Exception as error:  # noqa: BLE001 onnxruntime raises bare types of its own
-        raise ModelUnsupported(f"{path} can't be loaded: {str(error).splitlines()[0]}") from None
 
 
 def _capacity(entries: int) -> int:

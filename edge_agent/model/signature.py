@@ -17,8 +17,6 @@ Outputs
 
 from __future__ import annotations
 
-from typing import Literal
-
 INPUT_IDS, LOGIT_ROWS, FILLED, TOTAL, LOGITS = "input_ids", "logit_rows", "filled", "total_entries", "logits"
 
 LAST_QUERIES = 32
@@ -31,8 +29,6 @@ ROTATION_FILE = "rotate.onnx"
 
 Inputs keys, float32 (1, kv_heads, entries, head_dim), cos and sin, float32 (entries, head_dim/2); output rotated.
 """
-
-Kind = Literal["key", "value"]
 
 
 def past_name(layer: int, kind: str) -> str:

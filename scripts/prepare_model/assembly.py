@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import msgspec
@@ -51,13 +52,11 @@ def make(
     with cache.scratch(target) as scratch:
         manifests = _rewritten(found, exported, texts, versions=versions, export=export, scratch=scratch, clock=clock)
         clock.stage("compare with the export")
-        ids = [
-            token for sample in _report_ids(scratch / Weights.FP32, manifests[Weights.FP32], texts) for token in sample
-        ]
+        samples = _report_ids(scratch / Weights.FP32, manifests[Weights.FP32], texts)
         graph = ExportGraph(export / MODEL_FILE, exported.architecture)
         try:
-            worst, tokens = quality.compare(graph, scratch / Weights.FP32, ids)
-            precisions = _precisions(scratch, manifests, texts, clock)
+            worst, tokens = quality.compare(graph, scratch / Weights.FP32, list(chain.from_iterable(samples)))
+            precisions = _precisions(scratch, samples, clock)
         except AgentError as error:
             raise ExportFailed(f"the rewritten graph does not run: {error}") from error
         said = {"rewrite check": f"largest logit difference {worst:.1e} over {tokens} tokens"}
@@ -136,13 +135,10 @@ def _rewritten(
     return manifests
 
 
-def _precisions(
-    scratch: Path, manifests: Mapping[Weights, Manifest], texts: Texts, clock: Clock
-) -> tuple[Precision, ...]:
+def _precisions(scratch: Path, samples: Sequence[Sequence[int]], clock: Clock) -> tuple[Precision, ...]:
     clock.stage("compare weight precisions")
     found = []
     for index, weights in enumerate(Weights):
-        samples = _report_ids(scratch / weights, manifests[weights], texts)
         found.append(quality.report(weights, scratch / weights, scratch / Weights.FP32, samples))
         clock.progress.step(index + 1, len(Weights))
     return tuple(found)

@@ -32,11 +32,11 @@ from edge_agent.model.signature import (
     window_bias_name,
 )
 from scripts.prepare_model.architecture import Architecture
-from scripts.prepare_model.graph.editing import CONTRIB, Array, Graph, Node, attribute
+from scripts.prepare_model.graph.editing import CONTRIB, FLOAT, Array, Graph, Node, attribute
 from scripts.prepare_model.graph.errors import GraphNotUnderstood
 from scripts.prepare_model.graph.norms import NORM
 
-FLOAT, INT32 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32
+INT32 = onnx.TensorProto.INT32
 _SPREAD = frozenset({"Unsqueeze", "Expand", "Reshape", "Transpose", "Cast", "Identity"})
 _TOLERANCE = 1e-6
 
@@ -195,8 +195,8 @@ def _spread(graph: Graph, name: str, where: str) -> tuple[Node, float]:
         node = users[0]
         if node.op_type == "MatMul":
             return node, scale
-        if node.op_type in {"Mul", "Div"} and (factor := graph.scalar(node.input[1])) is not None:
-            scale *= factor if node.op_type == "Mul" else 1 / factor
+        if (factor := _factor(graph, node)) is not None:
+            scale *= factor
         elif node.op_type not in _SPREAD:
             break
         name = node.output[0]
@@ -206,13 +206,16 @@ def _spread(graph: Graph, name: str, where: str) -> tuple[Node, float]:
 def _scaled(graph: Graph, name: str) -> tuple[str, float]:
     """The value before multiplications by constants, and their product."""
     scale = 1.0
-    while (node := graph.maker(graph.same(name))) is not None and node.op_type in {"Mul", "Div"}:
-        factor = graph.scalar(node.input[1])
-        if factor is None:
-            break
-        scale *= factor if node.op_type == "Mul" else 1 / factor
+    while (node := graph.maker(graph.same(name))) is not None and (factor := _factor(graph, node)) is not None:
+        scale *= factor
         name = node.input[0]
     return name, scale
+
+
+def _factor(graph: Graph, node: Node) -> float | None:
+    """The constant that a node multiplies its first input with; None if it does something else."""
+    value = graph.scalar(node.input[1]) if node.op_type in {"Mul", "Div"} else None
+    return 1 / value if value is not None and node.op_type == "Div" else value
 
 
 def _weights_to_mixed(graph: Graph, scores: Node, mixed: Node, where: str) -> float:
@@ -227,11 +230,10 @@ def _weights_to_mixed(graph: Graph, scores: Node, mixed: Node, where: str) -> fl
             if not seen_softmax:
                 break
             return scale
-        factor = graph.scalar(node.input[1]) if len(node.input) > 1 else None
         if node.op_type == "Softmax":
             seen_softmax = True
-        elif node.op_type in {"Mul", "Div"} and factor is not None and not seen_softmax:
-            scale *= factor if node.op_type == "Mul" else 1 / factor
+        elif not seen_softmax and (factor := _factor(graph, node)) is not None:
+            scale *= factor
         elif node.op_type not in {"Cast", "Identity", "Where"} and (node.op_type != "Add" or seen_softmax):
             raise GraphNotUnderstood(where, f"{node.op_type} among the attention scores")
     raise GraphNotUnderstood(where, "the way from attention scores to the values")

@@ -11,6 +11,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from edge_agent.kv.cache import Float32
 from edge_agent.model.rotary import angles
 from edge_agent.model.signature import (
     FILLED,
@@ -23,11 +24,9 @@ from edge_agent.model.signature import (
     window_bias_name,
 )
 from scripts.prepare_model.architecture import Architecture
-from scripts.prepare_model.graph.editing import Graph
+from scripts.prepare_model.graph.editing import FLOAT, Graph
 from scripts.prepare_model.graph.storing import DATA_SUFFIX, save
 from scripts.prepare_model.graph.weights import sites
-
-Float32 = NDArray[np.float32]
 
 SAMPLED_ROWS = 32
 """Rows kept of each text: enough to see a channel's size, few enough to compare forms in seconds."""
@@ -43,8 +42,7 @@ def capture(
     path = scratch / "capture.onnx"
     with graph.kept():
         graph.outputs |= {
-            name: onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, "any", "channels"])
-            for name in names
+            name: onnx.helper.make_tensor_value_info(name, FLOAT, [1, "any", "channels"]) for name in names
         }
         save(graph, path)
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])

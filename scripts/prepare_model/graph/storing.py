@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from scripts.prepare_model.graph.editing import CONTRIB, Array, Graph
+from scripts.prepare_model.graph.editing import CONTRIB, FLOAT, Array, Graph
 
 DATA_SUFFIX = ".weights"
 _SMALL_BYTES = 256
@@ -45,7 +45,7 @@ def save_rotation(path: Path, *, kv_heads: int, head_dim: int, opset: int) -> No
     """Write the rotation of keys by itself: see edge_agent.model.signature."""
 
     def value(name: str, shape: list[str | int]) -> onnx.ValueInfoProto:
-        return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+        return onnx.helper.make_tensor_value_info(name, FLOAT, shape)
 
     keys: list[str | int] = [1, kv_heads, "entries", head_dim]
     angles: list[str | int] = ["entries", head_dim // 2]

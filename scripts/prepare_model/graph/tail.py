@@ -33,7 +33,7 @@ def choose_rows(graph: Graph) -> None:
         graph.insert_before(users[0], [graph.node("Gather", [name, LOGIT_ROWS], chosen, axis=1)])
     graph.inputs[LOGIT_ROWS] = onnx.helper.make_tensor_value_info(LOGIT_ROWS, onnx.TensorProto.INT64, ["rows"])
     vocabulary = graph.outputs[LOGITS].type.tensor_type.shape.dim[2].dim_value
-    graph.outputs[LOGITS] = onnx.helper.make_tensor_value_info(LOGITS, onnx.TensorProto.FLOAT, [1, "rows", vocabulary])
+    graph.outputs[LOGITS] = onnx.helper.make_tensor_value_info(LOGITS, FLOAT, [1, "rows", vocabulary])
     graph.sort()
 
 

@@ -21,12 +21,11 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
+from edge_agent.kv.cache import Float32
 from edge_agent.model.signature import INPUT_IDS, LOGIT_ROWS, LOGITS
 from scripts.prepare_model.graph.editing import CONTRIB, Array, Graph, Node
 from scripts.prepare_model.graph.norms import NORM, SKIP_NORM
 from scripts.prepare_model.graph.tail import downstream
-
-Float32 = NDArray[np.float32]
 
 BLOCK = 32
 ROWS_LIMIT = 4e-4
