@@ -14,20 +14,31 @@ from rich.console import Console
 
 from edge_agent.model.manifest import read_manifest
 from scripts.bench.runtime.child import Child, WorkerEnded, WorkerFailed
-from scripts.bench.runtime.measured import LLAMA, LOAD, OPTIMUM, PEAK, Absent, Row, RuntimeBench, ratio
+from scripts.bench.runtime.engines import OptimumExport
+from scripts.bench.runtime.measured import (
+    LLAMA,
+    LOAD,
+    MASS,
+    OPTIMUM,
+    PEAK,
+    Absent,
+    Row,
+    RuntimeBench,
+    mass_cost,
+    ratio,
+)
 from scripts.bench.runtime.plot import plot
 from scripts.bench.runtime.report import sections
-from scripts.bench.runtime.run import DECODE, PAST, STEPS, Variant, jobs, measure, room, steps
+from scripts.bench.runtime.run import DECODE, PAST, PREFILL, STEPS, Variant, jobs, measure, room, steps
 from scripts.bench.runtime.shown import Steps
-from scripts.bench.runtime.worker import peak_bytes
+from scripts.bench.runtime.worker import Worker, peak_bytes
 from tests import tiny
 
-PREFILL = "prefill 512"
 FIGURES = st.lists(st.floats(0.1, 1e4), min_size=1, max_size=9)
 
 
 def _row(name: str, **figures: tuple[float, ...]) -> Row:
-    named = {"prefill": PREFILL, "decode": DECODE, "load": LOAD, "peak": PEAK}
+    named = {"prefill": PREFILL, "decode": DECODE, "load": LOAD, "peak": PEAK, "mass": MASS}
     return Row(name=name, version="onnxruntime 1", file_mb=146.3, figures={named[k]: v for k, v in figures.items()})
 
 
@@ -77,17 +88,28 @@ def test_there_is_no_ratio_where_one_side_was_not_measured() -> None:
     assert ratio(_row("int8", prefill=(1.0,)), _row(LLAMA, decode=(1.0,)), PREFILL) is None
 
 
+def test_what_attention_mass_costs_is_taken_in_each_round() -> None:
+    row = _row("int8", prefill=(100.0, 50.0, 80.0), mass=(80.0, 50.0, 40.0))
+    found = mass_cost(row, PREFILL)
+    assert found is not None
+    assert (found.median, found.least, found.most) == (1.25, 1, 2)
+    assert mass_cost(_row("int8", prefill=(100.0,)), PREFILL) is None
+    said = [line for line in sections([_bench(row, _row(LLAMA, prefill=(1.0,)))]) if "attention mass" in line]
+    assert len(said) == 1
+    assert said[0].endswith("÷ time without: int8 1.25 (1.00-2.00)")
+
+
 # Jobs
 
 
 def test_decoding_follows_the_prefill_whose_cache_it_goes_on_from() -> None:
-    assert [job.name for job in jobs(8192)] == ["prefill 128", PREFILL, DECODE, "prefill 2048"]
+    assert [job.name for job in jobs(8192)] == ["prefill 128", MASS, PREFILL, DECODE, "prefill 2048"]
     assert room(8192) == 2048 + STEPS
 
 
 def test_what_does_not_fit_the_window_is_not_asked_for() -> None:
-    assert [job.name for job in jobs(1024)] == ["prefill 128", PREFILL, DECODE]
-    assert [job.name for job in jobs(PAST)] == ["prefill 128", PREFILL]
+    assert [job.name for job in jobs(1024)] == ["prefill 128", MASS, PREFILL, DECODE]
+    assert [job.name for job in jobs(PAST)] == ["prefill 128", MASS, PREFILL]
     assert room(1024) == 1024
 
 
@@ -139,6 +161,7 @@ def test_a_worker_loads_prefills_decodes_and_tells_its_memory(tiny_bundle: Path)
         assert str(loaded["version"]).startswith("onnxruntime ")
         assert child.ask("prefill", tokens=512) > 0
         assert child.ask("decode", past=512, tokens=4) > 0
+        assert child.ask("mass", tokens=512) > 0
         assert child.ask("decode", past=100, tokens=4) > 0
         assert 10e6 < child.ask("memory") < 10e9
 
@@ -155,6 +178,13 @@ def test_a_worker_goes_on_after_a_command_that_failed(tiny_bundle: Path) -> None
 def test_a_worker_that_is_asked_before_it_is_loaded_says_so() -> None:
     with Child(sys.executable) as child, pytest.raises(WorkerFailed, match="nothing is loaded"):
         child.ask("prefill", tokens=1)
+
+
+def test_a_runtime_that_does_not_give_its_attention_says_so() -> None:
+    worker = Worker()
+    worker._engine = object.__new__(OptimumExport)
+    with pytest.raises(TypeError, match="does not give its attention"):
+        worker.mass(tokens=512)
 
 
 def test_an_interpreter_that_ends_at_once_is_one_line(tmp_path: Path) -> None:
@@ -216,7 +246,7 @@ def test_variants_are_measured_in_turn_and_the_absent_named_in_one_line(tiny_bun
     )
     assert [row.name for row in found.rows] == ["int8", OPTIMUM]
     assert found.jobs == (LOAD, "prefill 128", PREFILL, DECODE, PEAK)
-    assert all(len(row.figures[job]) == 2 for row in found.rows for job in found.jobs)
+    assert all(len(row.figures[job]) == 2 for row in found.rows for job in (*found.jobs, MASS))
     assert found.rows[0].file_mb > 0
     assert [absent.name for absent in found.absent] == ["int4", LLAMA, "genai"]
     assert all(str(absent) and "\n" not in str(absent) and "Traceback" not in str(absent) for absent in found.absent)

@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 
 from scripts.prepare_model.graph import weights as quantized
 from scripts.prepare_model.graph.editing import Graph
-from scripts.prepare_model.graph.weights import BLOCK, ROWS_LIMIT, quantize_blocks, quantize_columns, quantize_rows
+from scripts.prepare_model.graph.weights import (
+    BLOCK,
+    LARGE_BLOCK,
+    ROWS_LIMIT,
+    quantize_blocks,
+    quantize_columns,
+    quantize_rows,
+)
 from tests.scripts.graphs import Array, graph_of, kinds, node, normal, run
 
 Float32 = NDArray[np.float32]
@@ -24,26 +31,29 @@ SHAPES = st.tuples(st.sampled_from([1, 16, 31, 32, 33, 72, 96, 130, 160]), st.sa
 SIZES = st.sampled_from([1e-6, 1e-2, 1.0, 1e3])
 
 
+BLOCKS = st.sampled_from([BLOCK, LARGE_BLOCK])
+
+
 def dequantize(values: Array, scales: Float32, zeros: Array | None, inputs: int) -> Float32:
     """What a packing says, in numpy: float32 (inputs, outputs)."""
     outputs, blocks = scales.shape
     if zeros is None:
         whole = values.astype(np.float32) - 128
     else:
-        whole = np.stack([values & 15, values >> 4], axis=-1).reshape(outputs, blocks, BLOCK).astype(np.float32)
+        whole = np.stack([values & 15, values >> 4], axis=-1).reshape(outputs, blocks, -1).astype(np.float32)
         each = np.stack([zeros & 15, zeros >> 4], axis=-1).reshape(outputs, -1)[:, :blocks]
         whole -= each[..., None]
     return (whole * scales[..., None]).reshape(outputs, -1)[:, :inputs].T.astype(np.float32)
 
 
-@given(shape=SHAPES, bits=st.sampled_from([4, 8]), size=SIZES, seed=st.integers(0, 99))
+@given(shape=SHAPES, bits=st.sampled_from([4, 8]), block=BLOCKS, size=SIZES, seed=st.integers(0, 99))
 def test_blocks_are_as_near_as_rounding_between_their_ends_allows(
-    shape: tuple[int, int], bits: int, size: float, seed: int
+    shape: tuple[int, int], bits: int, block: int, size: float, seed: int
 ) -> None:
     weights = (normal(*shape, seed=seed) * np.float32(size)).astype(np.float32)
-    values, scales, zeros = quantize_blocks(weights, bits)
-    blocks = -(-shape[0] // BLOCK)
-    assert values.shape == (shape[1], blocks, BLOCK * bits // 8)
+    values, scales, zeros = quantize_blocks(weights, bits, block)
+    blocks = -(-shape[0] // block)
+    assert values.shape == (shape[1], blocks, block * bits // 8)
     assert values.dtype == np.uint8
     assert scales.shape == (shape[1], blocks)
     assert (zeros is None) == (bits == 8)
@@ -52,12 +62,12 @@ def test_blocks_are_as_near_as_rounding_between_their_ends_allows(
         assert zeros.dtype == np.uint8
     error = np.square(dequantize(values, scales, zeros, shape[0]) - weights)
     if bits == 8:
-        step = scales.repeat(BLOCK, axis=1)[:, : shape[0]].T
+        step = scales.repeat(block, axis=1)[:, : shape[0]].T
         assert (error <= np.square(step * 0.501)).all()
     else:  # no block is farther off than with a span from its least to its largest
-        for start in range(0, shape[0], BLOCK):
-            plain = np.square(_plain_four_bits(weights[start : start + BLOCK]) - weights[start : start + BLOCK])
-            assert (error[start : start + BLOCK].sum(0) <= plain.sum(0) * 1.001 + 1e-16).all()
+        for start in range(0, shape[0], block):
+            plain = np.square(_plain_four_bits(weights[start : start + block]) - weights[start : start + block])
+            assert (error[start : start + block].sum(0) <= plain.sum(0) * 1.001 + 1e-16).all()
 
 
 def _plain_four_bits(block: Float32) -> Float32:
@@ -69,32 +79,32 @@ def _plain_four_bits(block: Float32) -> Float32:
     return rounded
 
 
-@given(shape=SHAPES, value=st.sampled_from([0.0, 1.0, -3.5, 1e-12, 1e15]), bits=st.sampled_from([4, 8]))
+@given(shape=SHAPES, value=st.sampled_from([0.0, 1.0, -3.5, 1e-12, 1e15]), bits=st.sampled_from([4, 8]), block=BLOCKS)
 def test_constant_and_zero_weights_come_back_and_nothing_is_nan(
-    shape: tuple[int, int], value: float, bits: int
+    shape: tuple[int, int], value: float, bits: int, block: int
 ) -> None:
     weights = np.full(shape, value, dtype=np.float32)
     with np.errstate(all="raise", under="ignore"):
-        values, scales, zeros = quantize_blocks(weights, bits)
+        values, scales, zeros = quantize_blocks(weights, bits, block)
     found = dequantize(values, scales, zeros, shape[0])
     np.testing.assert_allclose(found, weights, rtol=1e-2, atol=1e-8)
     assert np.isfinite(found).all()
 
 
-@given(shape=SHAPES, bits=st.sampled_from([4, 8]), seed=st.integers(0, 99))
+@given(shape=SHAPES, bits=st.sampled_from([4, 8]), block=BLOCKS, seed=st.integers(0, 99))
 @QUICK
 def test_onnxruntime_multiplies_with_what_the_packing_says(
-    shape: tuple[int, int], bits: int, seed: int, tmp_path: Path
+    shape: tuple[int, int], bits: int, block: int, seed: int, tmp_path: Path
 ) -> None:
     """Its own rounding of activations, to 8 bits in blocks, is taken out by activations that 8 bits hold."""
     inputs, outputs = shape
     graph = graph_of([], {}, ["y"], inputs={"x": (FLOAT, ["t", inputs])})
     weights = normal(inputs, outputs, seed=seed)
-    graph.nodes = [quantized._blocks(graph, "x", weights, "y", bits)]
+    graph.nodes = [quantized._blocks(graph, "x", weights, "y", bits=bits, block=block)]
     graph.reindex()
     x = np.random.default_rng(seed).integers(-127, 128, size=(3, inputs)).astype(np.float32)
-    x[:, ::BLOCK] = 127
-    exact = x.astype(np.float64) @ dequantize(*quantize_blocks(weights, bits), inputs)
+    x[:, ::block] = 127
+    exact = x.astype(np.float64) @ dequantize(*quantize_blocks(weights, bits, block), inputs)
     found = run(graph, tmp_path, {"x": x})[0]
     np.testing.assert_allclose(found, exact, atol=1e-4 * np.abs(x @ np.abs(weights)).max() + 1e-3)
 
@@ -181,7 +191,7 @@ def test_a_head_that_is_scaled_or_capped_afterwards_is_still_the_head(kind: str,
     assert [site.activation for site in quantized.sites(graph)] == ["normed", "ab"]
     wanted = run(graph, tmp_path / "a", FEEDS)[0]
     quantized.to_int4(graph)
-    assert kinds(graph).count("MatMulNBits") == 4
+    assert kinds(graph).count("MatMulNBits") == 3
     assert run(graph, tmp_path / "b", FEEDS)[0].shape == wanted.shape
 
 
@@ -195,6 +205,29 @@ def test_smoothing_leaves_the_float_function_as_it_was(strength: float, tmp_path
     quantized._smooth(graph, site, samples["normed"], strength)
     assert not np.allclose(graph.weights[site.nodes[0].input[1]], before)
     assert _relative(run(graph, tmp_path, FEEDS)[0], wanted) < 1e-6
+
+
+@pytest.mark.parametrize("form", ["rows", "blocks", "int4"])
+def test_small_products_of_one_activation_are_computed_as_one(form: str, tmp_path: Path) -> None:
+    graph = _layer()
+    wanted, samples = run(graph, tmp_path, FEEDS)[0], _samples(graph, tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantized, "ROWS_LIMIT", 1.0 if form == "rows" else -1.0)
+        quantized.to_int4(graph) if form == "int4" else quantized.to_int8(graph, samples)
+    assert kinds(graph).count("Split") == 1
+    assert kinds(graph).count("MatMulIntegerToFloat" if form == "rows" else "MatMulNBits") == (
+        2 if form == "rows" else 3
+    )
+    assert _relative(run(graph, tmp_path, FEEDS)[0], wanted) < (0.3 if form == "int4" else 0.05)
+
+
+def test_wide_products_stay_apart(tmp_path: Path) -> None:
+    graph = _layer()
+    samples = _samples(graph, tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantized, "SMALL_OUTPUTS", 48)
+        quantized.to_int8(graph, samples)
+    assert "Split" not in kinds(graph)
 
 
 def test_what_others_use_too_is_not_smoothed(tmp_path: Path) -> None:
@@ -277,7 +310,7 @@ def test_embeddings_come_back_as_their_blocks_say(width: int, rows: int, tmp_pat
     assert kinds(graph) == ["GatherBlockQuantized"]
     ids = np.random.default_rng(rows).integers(0, 40, size=(1, rows))
     found = run(graph, tmp_path, {"input_ids": ids})[0]
-    wanted = dequantize(*quantize_blocks(table.T, 8), width).T[ids]
+    wanted = dequantize(*quantize_blocks(table.T, 8, BLOCK), width).T[ids]
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-7)
 
 

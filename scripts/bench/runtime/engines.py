@@ -10,7 +10,7 @@ import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 LLAMA_UBATCH, LLAMA_BATCH = 512, 2048
 LLAMA_CONTEXT_STEP = 256
@@ -30,6 +30,14 @@ class Engine(Protocol):
         """Read ids after what was read, until the logits after the last are there."""
 
 
+@runtime_checkable
+class Watching(Protocol):
+    """An engine that can say what the last tokens attended to."""
+
+    def read_watched(self, ids: Sequence[int]) -> None:
+        """Like `Engine.read`, and compute the attention mass."""
+
+
 class Ours:
     """A bundle as an agent runs it."""
 
@@ -44,7 +52,16 @@ class Ours:
         self._live = self._model.new_context(capacity=self._room)
 
     def read(self, ids: Sequence[int]) -> None:
-        self._live.prefill(ids)
+        import numpy as np  # noqa: PLC0415
+
+        if len(ids) == 1:  # as an answer is generated
+            self._live.step(np.array(ids, dtype=np.int32), logits="last")
+        else:
+            self._live.prefill(ids)
+
+    def read_watched(self, ids: Sequence[int]) -> None:
+        self._live.prefill(ids, queries=True)
+        self._live.attention_mass()
 
 
 class OptimumExport:

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 LOAD, PEAK = "load", "peak"
+MASS = "attention mass"
+"""A prefill after which the attention mass of the last queries is computed, which only our runtime gives."""
+
 LLAMA, OPTIMUM = "llama.cpp Q8_0", "optimum export"
 REFERENCES = (LLAMA, OPTIMUM)
 """What ratios are taken against, where it was measured."""
@@ -45,7 +48,7 @@ class Row(Struct, frozen=True, kw_only=True):
 
 
 class RuntimeBench(Struct, frozen=True, kw_only=True):
-    """One model. jobs: in the order of columns, those of `Row.figures` that were asked for."""
+    """One model. jobs: in the order of columns, those of `Row.figures` that were asked for of all variants."""
 
     model: str
     threads: int
@@ -56,6 +59,14 @@ class RuntimeBench(Struct, frozen=True, kw_only=True):
     def row(self, name: str) -> Row | None:
         """The row of a variant, if it was measured."""
         return next((row for row in self.rows if row.name == name), None)
+
+
+def mass_cost(row: Row, prefill: str) -> Spread | None:
+    """Time of a prefill with attention mass over that of the same one (a job's name) without, round by round."""
+    without, found = row.figures.get(prefill), row.figures.get(MASS)
+    if not without or not found:
+        return None
+    return Spread.of([one / two for one, two in zip(without, found, strict=True)])
 
 
 def ratio(row: Row, reference: Row, job: str) -> Spread | None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from scripts.bench.runtime.measured import LOAD, PEAK, REFERENCES, Row, RuntimeBench, Spread, ratio
+from scripts.bench.runtime.measured import LOAD, PEAK, REFERENCES, Row, RuntimeBench, Spread, mass_cost, ratio
+from scripts.bench.runtime.run import PREFILL
 
 _NONE = "–"
 
 
 def sections(benches: Sequence[RuntimeBench]) -> list[str]:
     """Lines for all models: what each variant does, how it compares, and what is not there."""
-    return [line for bench in benches for line in (*_figures(bench), *_ratios(bench), *_absent(bench))]
+    return [line for bench in benches for line in (*_figures(bench), *_ratios(bench), *_mass(bench), *_absent(bench))]
 
 
 def _figures(bench: RuntimeBench) -> list[str]:
@@ -49,6 +50,13 @@ def _ratios(bench: RuntimeBench) -> list[str]:
         ),
         "",
     ]
+
+
+def _mass(bench: RuntimeBench) -> list[str]:
+    costs = {row.name: mass_cost(row, PREFILL) for row in bench.rows}
+    found = [f"{name} {_spread(cost)}" for name, cost in costs.items() if cost is not None]
+    said = f"Time of {PREFILL} with the attention mass of its last queries ÷ time without: {', '.join(found)}"
+    return [said, ""] if found else []
 
 
 def _absent(bench: RuntimeBench) -> list[str]:

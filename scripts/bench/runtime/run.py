@@ -10,11 +10,11 @@ from typing import Any
 from msgspec import Struct, structs
 
 from scripts.bench.runtime.child import Child, WorkerEnded, WorkerFailed
-from scripts.bench.runtime.measured import LOAD, PEAK, Absent, Row, RuntimeBench
+from scripts.bench.runtime.measured import LOAD, MASS, PEAK, Absent, Row, RuntimeBench
 
 PREFILLS = (128, 512, 2048)
 PAST, STEPS = 512, 16
-DECODE = f"decode after {PAST}"
+DECODE, PREFILL = f"decode after {PAST}", f"prefill {PAST}"
 FRESH_ROUNDS = 3
 """Loads and peaks vary little, and each takes a new process."""
 
@@ -38,12 +38,13 @@ class Variant(Struct, frozen=True, kw_only=True):
 
 
 class Job(Struct, frozen=True, kw_only=True):
-    """A command of a worker whose seconds become tokens/s."""
+    """A command of a worker whose seconds become tokens/s. engines: those that can do it, all of them if None."""
 
     name: str
     do: str
     terms: dict[str, int]
     tokens: int
+    engines: frozenset[str] | None = None
 
 
 Hear = Callable[[str], None]
@@ -61,6 +62,9 @@ def jobs(window_tokens: int) -> list[Job]:
     at = next((index for index, job in enumerate(found) if job.tokens == PAST), None)
     if at is not None and window_tokens >= PAST + STEPS:
         found.insert(at + 1, decode)  # right after the prefill whose cache it goes on from
+    if at is not None:
+        mass = Job(name=MASS, do="mass", terms={"tokens": PAST}, tokens=PAST, engines=frozenset({"ours"}))
+        found.insert(at, mass)  # beside the prefill that it is compared with
     return found
 
 
@@ -125,8 +129,11 @@ class _Run:
 
     def round(self, children: dict[str, Child], *, counted: bool) -> None:
         """Every job of every variant once, job by job."""
+        engines = {variant.name: variant.engine for variant in self._variants}
         for job in self.jobs:
             for name, child in list(children.items()):
+                if job.engines is not None and engines[name] not in job.engines:
+                    continue
                 self._hear(f"{name}: {job.name}")
                 if (name, job.name) in self._broken:
                     continue
@@ -195,7 +202,8 @@ class _Run:
 
 def _columns(jobs: Sequence[Job]) -> tuple[str, ...]:
     """Prefills before decoding, whatever the order they are run in."""
-    return (LOAD, *sorted((job.name for job in jobs), key=lambda name: name == DECODE), PEAK)
+    shared = (job.name for job in jobs if job.engines is None)
+    return (LOAD, *sorted(shared, key=lambda name: name == DECODE), PEAK)
 
 
 def with_absent(found: RuntimeBench, absent: Sequence[Absent]) -> RuntimeBench:

@@ -3,6 +3,7 @@
 {"do": "load", "engine": …, "path": …, "threads": …, "room": …, "ids": […]}   seconds from construction to ready
 {"do": "prefill", "tokens": 512}                                             seconds
 {"do": "decode", "past": 512, "tokens": 16}                                  seconds a token, the median
+{"do": "mass", "tokens": 512}                                                seconds of a prefill and attention mass
 {"do": "memory"}                                                             the process's peak resident bytes
 {"do": "quantize", "path": …, "target": …, "threads": …}                      seconds (llama.cpp, to Q8_0)
 
@@ -25,7 +26,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
-from scripts.bench.runtime.engines import ENGINES, NEEDS, Engine, quantize_q8
+from scripts.bench.runtime.engines import ENGINES, NEEDS, Engine, Watching, quantize_q8
 
 
 class Worker:
@@ -43,6 +44,7 @@ class Worker:
             "load": self.load,
             "prefill": self.prefill,
             "decode": self.decode,
+            "mass": self.mass,
             "memory": self.memory,
             "quantize": self.quantize,
         }
@@ -74,6 +76,15 @@ class Worker:
         self._held = -1
         following = self._ids[past : past + tokens]
         return {"value": statistics.median(_seconds(partial(engine.read, [one])) for one in following)}
+
+    def mass(self, *, tokens: int) -> dict[str, Any]:
+        """Read like `prefill`, and compute what the last queries attend to."""
+        engine = self._loaded()
+        if not isinstance(engine, Watching):
+            raise TypeError("this runtime does not give its attention")
+        engine.clear()
+        self._held = -1
+        return {"value": _seconds(lambda: engine.read_watched(self._ids[:tokens]))}
 
     def memory(self) -> dict[str, Any]:
         """The most that this process has had in memory."""
