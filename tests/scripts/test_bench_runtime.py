@@ -94,7 +94,7 @@ def test_what_attention_mass_costs_is_taken_in_each_round() -> None:
     assert found is not None
     assert (found.median, found.least, found.most) == (1.25, 1, 2)
     assert mass_cost(_row("int8", prefill=(100.0,)), PREFILL) is None
-    said = [line for line in sections([_bench(row, _row(LLAMA, prefill=(1.0,)))]) if "attention mass" in line]
+    said = [line for line in sections([_bench(row, _row(LLAMA, prefill=(1.0,) * 3))]) if "attention mass" in line]
     assert len(said) == 1
     assert said[0].endswith("÷ time without: int8 1.25 (1.00-2.00)")
 
