@@ -190,7 +190,7 @@ def rewrite_all(job: RewriteJob, say: Callable[[Event], None]) -> Rewritten:
         storing.save(graph, places[Weights.INT4])
     chosen = weights.to_int8(graph, samples)
     storing.save(graph, places[Weights.INT8])
-    return Rewritten(forms=weights.rows_share(chosen))
+    return Rewritten(forms=weights.forms(chosen))
 
 
 def export_model(job: ExportJob, say: Callable[[Event], None]) -> Exported:

@@ -1,17 +1,19 @@
-"""Weights in fewer bits: int8 rows, int8 blocks, int4 blocks, for each product of activations and weights.
+"""Weights in fewer bits: int8 columns, int8 blocks, int4 blocks, for each product of activations and weights.
 
-Two forms of int8, both weight-only in the file and both with 8-bit activations at run time:
+Three forms of int8, all weight-only in the file and all with 8-bit activations at run time:
 
-rows    one scale for each column of the weights and each row (token) of the activations. The product is one integer
-        GEMM, several times as fast in prefill as the other form. Rows do not influence one another, so a token's
-        result does not depend on which others are read in the same run.
-blocks  MatMulNBits: a scale for each block of 64 inputs, in weights and activations (32 in the head, whose error goes
-        straight into the logits). Slower in prefill, faster in decode, and unharmed by activations with few large
-        values among small ones.
+fixed   one scale for each column of the weights, and one for all activations, known from calibration text. The product
+        is one integer GEMM, several times as fast in prefill as blocks, and two nodes in all.
+rows    the same with a scale for each row (token) of the activations, found at run time by six nodes more.
+blocks  MatMulNBits: a scale for each block of 32 inputs, in weights and activations. Slower in prefill, faster in
+        decode, and unharmed by activations with few large values among small ones.
 
-Before rows are quantized, what large channels of activations have of their size is moved into the weights
+In no form do rows influence one another: a token's result does not depend on which others are read in the same run.
+
+Before columns are quantized, what large channels of activations have of their size is moved into the weights
 (SmoothQuant, arXiv 2211.10438), where the factor can be folded into the norm before, so that it costs nothing at run
-time. A product takes the rows form if its output is then close enough to the exact one on calibration text.
+time. A product takes the first form whose output is then close enough to the exact one on calibration text. Behind a
+norm that is mostly the fixed one, since tokens come out of it with much the same size.
 
 Small products of one activation (keys and values beside queries) are computed as one: in a decode step a node costs
 about as much as their arithmetic.
@@ -32,15 +34,16 @@ from scripts.prepare_model.graph.norms import NORM, SKIP_NORM
 from scripts.prepare_model.graph.tail import downstream
 
 BLOCK = 32
-LARGE_BLOCK = 64
-"""Of 8-bit weights: a tenth faster than 32 in prefill, at a KL that is hardly higher."""
-
 SMALL_OUTPUTS = 512
 """Products with fewer outputs are joined with the others of their activation. Parting them again afterwards is a copy,
 which for wide ones costs more in prefill than a node less saves in decode."""
 
-ROWS_LIMIT = 4e-4
-"""Largest share of an output's power that may be error for a product to take the rows form."""
+ROWS_LIMIT = 3e-4
+"""Largest share of an output row's power that may be error, on average, for a product to take the fixed or the rows
+form. Shares are averaged, not powers: attention sinks would outweigh all other rows."""
+
+HEADROOM = 1.1
+"""How far beyond what calibration text shows a fixed scale reaches; what lies beyond that is cut off."""
 
 SMOOTHING = (0.3, 0.5, 0.65, 0.8)
 _SPANS = tuple((below, above) for below in (0.85, 0.95, 1.0, 1.05, 1.12) for above in (0.85, 0.95, 1.0, 1.05, 1.12))
@@ -56,7 +59,7 @@ class Site(Struct, frozen=True, kw_only=True):
 
 
 class Chosen(Struct, frozen=True, kw_only=True):
-    """How one site was quantized: its first product, the form, the smoothing, and the error that decided."""
+    """How one site is quantized: its first product, the form, the smoothing, and the error that decided."""
 
     name: str
     form: str
@@ -81,16 +84,17 @@ def to_int8(graph: Graph, samples: Mapping[str, Float32]) -> list[Chosen]:
     for found in sites(graph):
         site = _joined(graph, found)
         rows = samples[site.activation]
-        smoothing, error = _smoothing(graph, site, rows)
-        if error <= ROWS_LIMIT:
-            if smoothing is not None:
-                _smooth(graph, site, rows, smoothing)
+        choice = _choice(graph, site, rows, found.nodes[0].name)
+        chosen.append(choice)
+        if choice.smoothing is not None:
+            rows = _smooth(graph, site, rows, choice.smoothing)
+        if choice.form == "fixed":
+            _as_fixed(graph, site, fixed_scale(rows))
+        elif choice.form == "rows":
             _as_rows(graph, site, _zero_points(graph, site, zero_points))
-            chosen.append(Chosen(name=found.nodes[0].name, form="rows", smoothing=smoothing, error=error))
         else:
             for node in site.nodes:
-                _as_blocks(graph, node, bits=8, block=LARGE_BLOCK)
-            chosen.append(Chosen(name=found.nodes[0].name, form="blocks", smoothing=None, error=error))
+                _as_blocks(graph, node, bits=8)
     _embedding_and_head(graph)
     return chosen
 
@@ -99,7 +103,7 @@ def to_int4(graph: Graph) -> None:
     """Quantize all weights to 4 bits in blocks, the embedding and the head to 8."""
     for site in sites(graph):
         for node in _joined(graph, site).nodes:
-            _as_blocks(graph, node, bits=4, block=BLOCK)
+            _as_blocks(graph, node, bits=4)
     _embedding_and_head(graph)
 
 
@@ -114,19 +118,17 @@ def to_fp32(graph: Graph) -> None:
         graph.replace(head, [graph.node("FusedMatMul", inputs, head.output[0], domain=CONTRIB, transB=1)])
 
 
-def quantize_blocks(
-    weights: Float32, bits: int, block: int
-) -> tuple[NDArray[np.uint8], Float32, NDArray[np.uint8] | None]:
-    """Weights (inputs, outputs) as MatMulNBits wants them: blocks of so many inputs.
+def quantize_blocks(weights: Float32, bits: int) -> tuple[NDArray[np.uint8], Float32, NDArray[np.uint8] | None]:
+    """Weights (inputs, outputs) as MatMulNBits wants them: blocks of BLOCK inputs.
 
-    Returns values uint8 (outputs, blocks, block · bits/8), scales float32 (outputs, blocks), and at 4 bits zero points
+    Returns values uint8 (outputs, blocks, BLOCK · bits/8), scales float32 (outputs, blocks), and at 4 bits zero points
     uint8 (outputs, blocks/2 rounded up), two to a byte. 8 bits are symmetric around 128.
     """
     inputs, outputs = weights.shape
-    count = -(-inputs // block)
-    padded = np.zeros((outputs, count * block), dtype=np.float32)
+    count = -(-inputs // BLOCK)
+    padded = np.zeros((outputs, count * BLOCK), dtype=np.float32)
     padded[:, :inputs] = weights.T
-    blocks = padded.reshape(outputs, count, block)
+    blocks = padded.reshape(outputs, count, BLOCK)
     if bits == 8:
         scales = np.maximum(np.abs(blocks).max(-1) / 127, _SMALLEST)
         return (np.rint(blocks / scales[..., None]) + _ZERO_POINT).astype(np.uint8), scales, None
@@ -142,7 +144,7 @@ def _packed(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _four_bits(blocks: Float32) -> tuple[NDArray[np.uint8], Float32, NDArray[np.uint8]]:
-    """Blocks (outputs, blocks, inputs of one) as 4-bit values, scales and zero points.
+    """Blocks (outputs, blocks, BLOCK) as 4-bit values, scales and zero points.
 
     Of several spans around the one from least to largest, the one with the least squared error.
     """
@@ -169,26 +171,46 @@ def quantize_rows(activations: Float32) -> Float32:
     return rounded
 
 
+def fixed_scale(activations: Float32) -> float:
+    """The one scale for activations like these (rows, channels)."""
+    return float(np.maximum(np.abs(activations).max() * HEADROOM / 127, _SMALLEST))
+
+
+def quantize_fixed(activations: Float32) -> Float32:
+    """What is left of activations (rows, channels) at 8 bits with one scale. For choosing, in float32."""
+    scale = np.float32(fixed_scale(activations))
+    rounded: Float32 = np.rint(activations / scale) * scale
+    return rounded
+
+
 def quantize_columns(weights: Float32) -> tuple[NDArray[np.int8], Float32]:
     """Weights (inputs, outputs) as int8 with one scale for each output."""
     scales = np.maximum(np.abs(weights).max(0) / 127, _SMALLEST)
     return np.rint(weights / scales).astype(np.int8), scales
 
 
-def _smoothing(graph: Graph, site: Site, rows: Float32) -> tuple[float | None, float]:
-    """The strength that makes the rows form's output closest to the exact one (None: no smoothing), and its error."""
+def _choice(graph: Graph, site: Site, rows: Float32, name: str) -> Chosen:
+    """The first form that is close enough, with the smoothing that makes it closest (None: no smoothing)."""
     weights = _weights(graph, site)
     exact = rows @ weights
-    power = float(np.square(exact).mean()) or 1.0
-    best: tuple[float | None, float] = (None, float("inf"))
-    for strength in (None, *SMOOTHING) if _foldable(graph, site) else (None,):
+    strengths = (None, *SMOOTHING) if _foldable(graph, site) else (None,)
+    found: dict[str, list[Chosen]] = {"fixed": [], "rows": []}
+    for strength in strengths:
         factors = _factors(rows, weights, strength)
         values, scales = quantize_columns(weights * factors[:, None])
-        made = quantize_rows(rows / factors) @ (values * scales)
-        error = float(np.square(made - exact).mean()) / power
-        if error < best[1]:
-            best = (strength, error)
-    return best
+        made, smooth = values * scales, rows / factors
+        for form, rounded in (("fixed", quantize_fixed(smooth)), ("rows", quantize_rows(smooth))):
+            error = _error(rounded @ made, exact)
+            found[form].append(Chosen(name=name, form=form, smoothing=strength, error=error))
+    best = [min(each, key=lambda choice: choice.error) for each in found.values()]
+    blocks = Chosen(name=name, form="blocks", smoothing=None, error=best[-1].error)
+    return next((choice for choice in best if choice.error <= ROWS_LIMIT), blocks)
+
+
+def _error(made: Float32, exact: Float32) -> float:
+    """The share of a row's power that is error, the mean over rows."""
+    shares = np.square(made - exact).mean(-1) / np.maximum(np.square(exact).mean(-1), _SMALLEST**2)
+    return float(shares.mean())
 
 
 def _factors(rows: Float32, weights: Float32, strength: float | None) -> Float32:
@@ -211,8 +233,8 @@ def _foldable(graph: Graph, site: Site) -> bool:
     )
 
 
-def _smooth(graph: Graph, site: Site, rows: Float32, strength: float) -> None:
-    """Divide channels of the activation in the norm before, multiply them in the weights after."""
+def _smooth(graph: Graph, site: Site, rows: Float32, strength: float) -> Float32:
+    """Divide channels of the activation in the norm before, multiply them in the weights after. Returns the rows then."""
     factors = _factors(rows, _weights(graph, site), strength)
     norm = graph.maker(site.activation)
     if norm is None:
@@ -221,6 +243,7 @@ def _smooth(graph: Graph, site: Site, rows: Float32, strength: float) -> None:
     norm.input[place] = graph.weight("norm", (graph.weights[norm.input[place]] / factors).astype(np.float32))
     for node in site.nodes:
         node.input[1] = graph.weight("smoothed", graph.weights[node.input[1]] * factors[:, None])
+    return rows / factors
 
 
 def _weights(graph: Graph, site: Site) -> Float32:
@@ -239,6 +262,26 @@ def _zero_points(graph: Graph, site: Site, made: dict[str, str]) -> str:
         ]
         graph.reindex()
     return made[source]
+
+
+def _as_fixed(graph: Graph, site: Site, scale: float) -> None:
+    """x → uint8 with one scale → integer product."""
+    quantized = graph.fresh("quantized")
+    step = graph.weight("step", np.array(scale, dtype=np.float32))
+    zero_point = graph.shared("zero_point", np.array(_ZERO_POINT, dtype=np.uint8))
+    new = [graph.node("QuantizeLinear", [site.activation, step, zero_point], quantized)]
+    for node in site.nodes:
+        new.append(_integer_product(graph, node, [quantized, step, zero_point], node.output[0]))
+        graph.replace(node, new)
+        new = []
+
+
+def _integer_product(graph: Graph, node: Node, activation: Sequence[str], output: str) -> Node:
+    """The product of quantized activations (values, scale, zero point) with the weights of a node, in columns."""
+    values, scale, zero_point = activation
+    columns, scales = quantize_columns(graph.weights[node.input[1]])
+    inputs = [values, graph.weight("int8", columns), scale, graph.weight("scales", scales), zero_point]
+    return graph.node("MatMulIntegerToFloat", inputs, output, domain=CONTRIB)
 
 
 def _as_rows(graph: Graph, site: Site, zero_points: str) -> None:
@@ -261,14 +304,9 @@ def _as_rows(graph: Graph, site: Site, zero_points: str) -> None:
         graph.node("QuantizeLinear", [site.activation, flat, zero_points], quantized, axis=1),
     ]
     for node in site.nodes:
-        values, scales = quantize_columns(graph.weights[node.input[1]])
         product = graph.fresh("product")
-        weights = [graph.weight("int8", values), names["one"], graph.weight("scales", scales), names["zero_point"]]
-        replacement = [
-            graph.node("MatMulIntegerToFloat", [quantized, *weights], product, domain=CONTRIB),
-            graph.node("Mul", [product, scale], node.output[0]),
-        ]
-        graph.replace(node, [*new, *replacement])
+        integer = _integer_product(graph, node, [quantized, names["one"], names["zero_point"]], product)
+        graph.replace(node, [*new, integer, graph.node("Mul", [product, scale], node.output[0])])
         new = []
 
 
@@ -287,13 +325,12 @@ def _joined(graph: Graph, site: Site) -> Site:
     return Site(activation=site.activation, nodes=(product,))
 
 
-def _as_blocks(graph: Graph, node: Node, *, bits: int, block: int) -> None:
-    weights = graph.weights[node.input[1]]
-    graph.replace(node, [_blocks(graph, node.input[0], weights, node.output[0], bits=bits, block=block)])
+def _as_blocks(graph: Graph, node: Node, *, bits: int) -> None:
+    graph.replace(node, [_blocks(graph, node.input[0], graph.weights[node.input[1]], node.output[0], bits)])
 
 
-def _blocks(graph: Graph, activation: str, weights: Array, output: str, *, bits: int, block: int) -> Node:
-    values, scales, zeros = quantize_blocks(weights, bits, block)
+def _blocks(graph: Graph, activation: str, weights: Array, output: str, bits: int) -> Node:
+    values, scales, zeros = quantize_blocks(weights, bits)
     inputs = [activation, graph.weight("blocks", values), graph.weight("scales", scales)]
     return graph.node(
         "MatMulNBits",
@@ -303,7 +340,7 @@ def _blocks(graph: Graph, activation: str, weights: Array, output: str, *, bits:
         K=weights.shape[0],
         N=weights.shape[1],
         bits=bits,
-        block_size=block,
+        block_size=BLOCK,
         accuracy_level=4,  # 8-bit activations: without it the kernels dequantize to float32
     )
 
@@ -315,12 +352,12 @@ def _embedding_and_head(graph: Graph) -> None:
     """
     head = _head(graph)
     if head is not None and (weights := graph.constant(head.input[1])) is not None:
-        graph.replace(head, [_blocks(graph, head.input[0], weights, head.output[0], bits=8, block=BLOCK)])
+        graph.replace(head, [_blocks(graph, head.input[0], weights, head.output[0], 8)])
     table = _embedding(graph)
     if table is None:
         return
     weights = graph.weights[table.input[0]]
-    values, scales, _ = quantize_blocks(weights.T, 8, BLOCK)
+    values, scales, _ = quantize_blocks(weights.T, 8)
     rows = values.reshape(len(weights), -1)[:, : weights.shape[1]]
     whole = graph.node(
         "GatherBlockQuantized",
@@ -349,7 +386,10 @@ def _embedding(graph: Graph) -> Node | None:
     return next((node for node in lookups if node.input[0] in graph.weights), None)
 
 
-def rows_share(chosen: Sequence[Chosen]) -> str:
+def forms(chosen: Sequence[Chosen]) -> str:
     """How many sites took which form, for a person."""
-    rows = sum(each.form == "rows" for each in chosen)
-    return f"{rows} of {len(chosen)} groups of products as int8 rows, the others in blocks of {LARGE_BLOCK}"
+    fixed, rows = (sum(each.form == form for each in chosen) for form in ("fixed", "rows"))
+    return (
+        f"{len(chosen)} groups of products: {fixed} with a fixed scale for activations, {rows} with one for each row, "
+        f"{len(chosen) - fixed - rows} in blocks of {BLOCK}"
+    )
