@@ -75,6 +75,8 @@ class Runtime:
         options.enable_cpu_mem_arena = self.arena
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self.spin else "0")
         options.add_session_config_entry("session.force_spinning_stop", "1")  # other work shares the device
+        # Without VNNI the kernels for unsigned activations and signed weights saturate: take unsigned weights there.
+        options.add_session_config_entry("session.x64quantprecision", "1")
         options.log_severity_level = 4  # a failed run is an error of ours, in one line
         return options
 

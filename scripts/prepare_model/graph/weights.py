@@ -234,7 +234,7 @@ def _foldable(graph: Graph, site: Site) -> bool:
 
 
 def _smooth(graph: Graph, site: Site, rows: Float32, strength: float) -> Float32:
-    """Divide channels of the activation in the norm before, multiply them in the weights after. Returns the rows then."""
+    """Divide channels of the activation in the norm before, multiply them in the weights after. The rows then."""
     factors = _factors(rows, _weights(graph, site), strength)
     norm = graph.maker(site.activation)
     if norm is None:
