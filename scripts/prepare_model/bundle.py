@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from msgspec import Struct
@@ -63,12 +65,8 @@ def prepare(
             return _prepared(target, manifest, clock, found=True)
         if cache.remove_leftovers(root):
             progress.note("removed what an interrupted preparation had left")
-        try:
+        with _written(f"the bundle of {found_source.name}", root):
             manifest = make(found_source, passages, precision, versions=versions, root=root, target=target, clock=clock)
-        except OSError as error:
-            if is_disk_full(error):
-                raise DiskFull(f"the bundle of {found_source.name}", root) from error
-            raise PreparationError(f"the bundle can't be written: {error}") from error
         gone = cache.shrink(root, int(limit_gb * 1e9), keep=target)
     return _prepared(target, manifest, clock, found=False, removed=tuple(entry.path.name for entry in gone))
 
@@ -80,7 +78,7 @@ def exported_graph(model: str | None = None, *, root: Path | None = None) -> Pat
     export = export_place(found, versions, root)
     if cache.find_export(export) is not None:
         return export / MODEL_FILE
-    with cache.locked(root, lambda: None):
+    with cache.locked(root, lambda: None), _written(f"the export of {found.name}", root):
         ensure_export(found, calibration.read_texts(None), export, root=root, clock=clock)
     return export / MODEL_FILE
 
@@ -123,6 +121,17 @@ def copy_to(bundle: Path, target: Path) -> None:
         if is_disk_full(error):
             raise DiskFull(f"--output {target}", target.parent) from error
         raise PreparationError(f"--output {target}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _written(what: str, root: Path) -> Iterator[None]:
+    """What the file system refuses is a PreparationError that says what could not be written."""
+    try:
+        yield
+    except OSError as error:
+        if is_disk_full(error):
+            raise DiskFull(what, root) from error
+        raise PreparationError(f"{what} can't be written: {error}") from error
 
 
 def _prepared(

@@ -287,6 +287,18 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     assert all(not name.startswith(".tmp-") for name in _all(tmp_path, "exports"))
 
 
+def test_an_export_that_fills_the_disk_is_one_line(
+    quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(assembly, "_bring_source", full)
+    with pytest.raises(DiskFull, match=r"disk full while writing the export of tiny: \d+ MB free"):
+        exported_graph(str(tiny.tiny_source()), root=tmp_path)
+    assert _all(tmp_path, "exports") == []
+
+
 @pytest.mark.parametrize("weights", ["fp32", "int4", "int8"])
 def test_a_disk_that_fills_while_weights_are_written_is_one_line(
     weights: str, quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
