@@ -20,6 +20,7 @@ from edge_agent.errors import ContextEmpty, ContextTooLong, ModelFailed, ModelUn
 from edge_agent.kv.cache import Cache, Float32, Int32, Layer
 from edge_agent.model.attention import Queries, attention_mass
 from edge_agent.model.buffer import Buffer, Form
+from edge_agent.model.kernels import products_saturate
 from edge_agent.model.manifest import Manifest, read_manifest
 from edge_agent.model.plain import PlainKeys, plain_between
 from edge_agent.model.rotary import angles, unrotate
@@ -75,8 +76,8 @@ class Runtime:
         options.enable_cpu_mem_arena = self.arena
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self.spin else "0")
         options.add_session_config_entry("session.force_spinning_stop", "1")  # other work shares the device
-        # Without VNNI the kernels for unsigned activations and signed weights saturate: take unsigned weights there.
-        options.add_session_config_entry("session.x64quantprecision", "1")
+        if products_saturate():  # then weights become unsigned at load, whose kernels are slower and exact
+            options.add_session_config_entry("session.x64quantprecision", "1")
         options.log_severity_level = 4  # a failed run is an error of ours, in one line
         return options
 

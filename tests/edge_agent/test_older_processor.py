@@ -13,6 +13,7 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
+from edge_agent.model import kernels, session
 from edge_agent.model.session import Runtime
 from scripts.prepare_model.graph import weights as quantized
 from scripts.prepare_model.graph.storing import save
@@ -41,6 +42,28 @@ def _graph(form: str, weights: NDArray[np.float32], path: Path) -> None:
     else:
         quantized._as_blocks(graph, site.nodes[0], bits=8)
     save(graph, path)
+
+
+def test_the_product_that_is_tried_is_the_one_that_is_meant() -> None:
+    graph = onnx.load_from_string(kernels._PRODUCT).graph
+    assert [(node.op_type, list(node.input)) for node in graph.node] == [("MatMulInteger", ["a", "b"])]
+    weights = onnx.numpy_helper.to_array(graph.initializer[0])
+    assert (weights.dtype, weights.tolist()) == (np.int8, [[127]] * 4)
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs /proc/cpuinfo")
+def test_only_processors_without_vnni_saturate() -> None:
+    said = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    vnni = "avx512_vnni" in said or "avx_vnni" in said
+    assert kernels.products_saturate() == (platform.machine() == "x86_64" and not vnni)
+
+
+def test_where_products_saturate_weights_become_unsigned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "products_saturate", lambda: True)
+    assert Runtime().options().get_session_config_entry("session.x64quantprecision") == "1"
+    monkeypatch.setattr(session, "products_saturate", lambda: False)
+    with pytest.raises(RuntimeError):
+        Runtime().options().get_session_config_entry("session.x64quantprecision")
 
 
 @pytest.mark.skipif(
