@@ -36,11 +36,16 @@ np.save(found, Runtime().session(graph).run(None, {"x": np.load(feeds)})[0])
 def _graph(form: str, weights: NDArray[np.float32], path: Path) -> None:
     graph = graph_of([node("MatMul", ["x", "w"], "y")], {"w": weights}, ["y"],
                      inputs={"x": (onnx.TensorProto.FLOAT, ["t", CHANNELS])})  # fmt: skip
-    site = quantized.sites(graph)[0]
-    if form == "fixed":
-        quantized._as_fixed(graph, site, 1 / 127)
+    product = graph.nodes[0]
+    if form == "columns":
+        scale, zero = (
+            graph.weight("scale", np.array(1 / 127, dtype="f4")),
+            graph.weight("zero", np.array(128, dtype="u1")),
+        )
+        rounded = graph.node("QuantizeLinear", ["x", scale, zero], "rounded")
+        graph.replace(product, [rounded, quantized._integer_product(graph, product, ["rounded", scale, zero], "y")])
     else:
-        quantized._as_blocks(graph, site.nodes[0], bits=8)
+        quantized._as_blocks(graph, product, bits=8)
     save(graph, path)
 
 
@@ -69,7 +74,7 @@ def test_where_products_saturate_weights_become_unsigned(monkeypatch: pytest.Mon
 @pytest.mark.skipif(
     EMULATOR is None or platform.machine() != "x86_64", reason="needs qemu-x86_64-static (package qemu-user-static)"
 )
-@pytest.mark.parametrize("form", ["fixed", "blocks"])
+@pytest.mark.parametrize("form", ["columns", "blocks"])
 def test_products_of_large_values_do_not_saturate_without_vnni(form: str, tmp_path: Path) -> None:
     weights = np.clip(normal(CHANNELS, OUTPUTS), -1, 1)
     weights[:, ::3] = 1

@@ -185,13 +185,13 @@ def _session(graph: Graph) -> ort.InferenceSession:
 
 @pytest.mark.parametrize("name", UNDERSTOOD)
 def test_int8_is_near_and_int4_farther(name: str, bundles: Bundles) -> None:
-    """Random layers carry errors on as trained ones do not: int8 was 2 to 13 % off, int4 15 to 62 %."""
+    """Random layers carry errors on as trained ones do not: int8 was 2 to 10 % off, int4 15 to 62 %."""
     wanted = read(bundles(name)[Weights.FP32], IDS)
     errors = {
         weights: [_error(ours, theirs) for ours, theirs in zip(read(path, IDS), wanted, strict=True)]
         for weights, path in bundles(name).items()
     }
-    assert max(errors[Weights.INT8]) < 0.15
+    assert max(errors[Weights.INT8]) < 0.12
     assert max(errors[Weights.INT4]) < 0.75
     assert all(fine < coarse for fine, coarse in zip(errors[Weights.INT8], errors[Weights.INT4], strict=True))
 

@@ -18,10 +18,8 @@ from scripts.prepare_model.graph.editing import Graph
 from scripts.prepare_model.graph.weights import (
     BLOCK,
     ROWS_LIMIT,
-    fixed_scale,
     quantize_blocks,
     quantize_columns,
-    quantize_fixed,
     quantize_rows,
 )
 from tests.scripts.graphs import Array, graph_of, kinds, node, normal, run
@@ -118,8 +116,6 @@ def test_columns_and_rows_are_off_by_half_a_step_at_most(shape: tuple[int, int],
     assert (np.abs(values * scales - weights) <= scales * 0.501).all()
     rows = quantize_rows(weights)
     assert (np.abs(rows - weights) <= np.maximum(np.abs(weights).max(-1, keepdims=True) / 127, 1e-8) * 0.501).all()
-    assert (np.abs(quantize_fixed(weights) - weights) <= fixed_scale(weights) * 0.501).all()
-    assert fixed_scale(weights) <= max(np.abs(weights).max() * 1.2 / 127, 1e-8)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, 5.0])
@@ -127,8 +123,7 @@ def test_columns_and_rows_of_equal_values_are_finite(value: float) -> None:
     same = np.full((5, 7), value, dtype=np.float32)
     with np.errstate(all="raise", under="ignore"):
         values, scales = quantize_columns(same)
-        rows, fixed = quantize_rows(same), quantize_fixed(same)
-    np.testing.assert_allclose(fixed, same, atol=1e-8, rtol=1e-2)
+        rows = quantize_rows(same)
     np.testing.assert_allclose(values * scales, same, atol=1e-8, rtol=1e-6)
     np.testing.assert_allclose(rows, same, atol=1e-8, rtol=1e-6)
 
@@ -178,14 +173,12 @@ def _samples(graph: Graph, directory: Path) -> dict[str, Float32]:
 @contextmanager
 def _only(form: str) -> Iterator[None]:
     """Products take this form of int8, as far as they can."""
-    limit, headroom = {"fixed": (1.0, 1.1), "rows": (0.5, 1e3), "blocks": (-1.0, 1.1)}[form]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantized, "ROWS_LIMIT", limit)
-        patch.setattr(quantized, "HEADROOM", headroom)  # a scale so coarse that nothing is left
+        patch.setattr(quantized, "ROWS_LIMIT", {"rows": 1.0, "blocks": -1.0}[form])
         yield
 
 
-FORMS = ["fixed", "rows", "blocks"]
+FORMS = ["rows", "blocks"]
 
 
 def _relative(found: Array, wanted: Array) -> float:
@@ -230,20 +223,20 @@ def test_what_others_use_too_is_not_smoothed(tmp_path: Path) -> None:
     assert chosen[0].smoothing is None
 
 
-def test_a_tame_activation_takes_a_fixed_scale_and_one_with_outliers_blocks(tmp_path: Path) -> None:
+def test_a_tame_activation_takes_rows_and_one_with_outliers_blocks(tmp_path: Path) -> None:
     tame, wild = _layer(foldable=False), _layer(foldable=False)
     wild.weights["gain"] = wild.weights["gain"] * np.where(np.arange(CHANNELS) == 7, 300, 1).astype(np.float32)
     for weights in ("w1", "w2"):  # what the large channel gives is small, so that the others' rounding is what counts
         wild.weights[weights] = wild.weights[weights] * np.where(np.arange(CHANNELS) == 7, 1e-4, 1)[:, None].astype(
             "f4"
         )
-    for graph, form in ((tame, "fixed"), (wild, "blocks")):
+    for graph, form in ((tame, "rows"), (wild, "blocks")):
         chosen = quantized.to_int8(graph, _samples(graph, tmp_path))
         assert chosen[0].form == form
-        assert (chosen[0].error <= ROWS_LIMIT) == (form == "fixed")
+        assert (chosen[0].error <= ROWS_LIMIT) == (form == "rows")
 
 
-def test_tokens_of_very_different_size_take_a_scale_for_each(tmp_path: Path) -> None:
+def test_tokens_of_very_different_size_take_rows_still(tmp_path: Path) -> None:
     graph = _layer(foldable=False)
     samples = _samples(graph, tmp_path)
     sizes = np.where(np.arange(len(samples["normed"])) % 5 == 0, 1e3, 1)[:, None].astype(np.float32)
@@ -265,14 +258,14 @@ def test_a_few_huge_rows_do_not_hide_what_the_others_lose(tmp_path: Path) -> Non
     assert chosen[0].form == "blocks"
 
 
-def test_smoothing_lets_a_foldable_activation_with_outliers_take_a_fixed_scale(tmp_path: Path) -> None:
+def test_smoothing_lets_a_foldable_activation_with_outliers_take_rows(tmp_path: Path) -> None:
     graph = _layer()
     large = np.where(np.arange(CHANNELS) == 7, 300, 1).astype(np.float32)
     graph.weights["gain"] = graph.weights["gain"] * large
     for weights in ("w1", "w2"):
         graph.weights[weights] = graph.weights[weights] / large[:, None]
     chosen = quantized.to_int8(graph, _samples(graph, tmp_path))
-    assert (chosen[0].form, chosen[0].smoothing is not None) == ("fixed", True)
+    assert (chosen[0].form, chosen[0].smoothing is not None) == ("rows", True)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -310,11 +303,10 @@ def test_wide_products_stay_apart(tmp_path: Path) -> None:
     assert "Split" not in kinds(graph)
 
 
-@pytest.mark.parametrize("form", ["fixed", "rows"])
-def test_a_token_does_not_depend_on_what_else_is_read(form: str, tmp_path: Path) -> None:
+def test_a_token_in_the_rows_form_does_not_depend_on_what_else_is_read(tmp_path: Path) -> None:
     graph = _layer()
     samples = _samples(graph, tmp_path)
-    with _only(form):
+    with _only("rows"):
         quantized.to_int8(graph, samples)
     every = run(graph, tmp_path, FEEDS)[0]
     one = run(graph, tmp_path, {**FEEDS, "input_ids": IDS[:, 7:8]})[0]
