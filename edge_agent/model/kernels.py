@@ -20,8 +20,8 @@ _PRODUCT = base64.b64decode(
 def products_saturate() -> bool:
     """Whether onnxruntime's products of unsigned activations with signed weights lose what 16 bits do not hold.
 
-    On x86-64 without VNNI they do, since two neighbouring products are added in 16 bits. Found by computing one, in a
-    millisecond: onnxruntime's own check takes processors with AMX for such.
+    On x86-64 without VNNI they do, since two neighbouring products are added in 16 bits. Found by computing one, in
+    a few milliseconds: onnxruntime's own check takes processors with AMX for such.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
