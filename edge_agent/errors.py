@@ -12,6 +12,7 @@ AgentError
 ├── PartFailed             neither a transfer nor any holder of its text brought a context
 ├── RecipeInvalid          bits outside 1-8, an unknown rung
 ├── CacheInvalid           a cache holds a NaN or an infinity, or its shapes disagree
+├── CalibrationInvalid     a calibration is damaged, of another version, or not for these models
 └── PayloadRejected        received bytes are not a payload this agent can use; names the field
     └── WrongModel         the payload was made by another model
 """
@@ -76,6 +77,10 @@ class RecipeInvalid(AgentError, ValueError):
 
 class CacheInvalid(AgentError, ValueError):
     """A cache holds a NaN or an infinity, or its shapes disagree."""
+
+
+class CalibrationInvalid(AgentError):
+    """A calibration between two models can't be made, written or used."""
 
 
 class PayloadRejected(AgentError):

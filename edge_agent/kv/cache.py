@@ -20,11 +20,16 @@ Int32 = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One layer's entries. keys, values: float32 (kv_heads, entries, head_dim); positions: int32 (entries,), rising."""
+    """One layer's entries. keys, values: float32 (kv_heads, entries, head_dim); positions: int32 (entries,), rising.
+
+    mass: float32 (kv_heads, entries), the share of attention that the context's last tokens paid to each entry, where
+    that was asked for; it is never sent.
+    """
 
     keys: Float32
     values: Float32
     positions: Int32
+    mass: Float32 | None = None
 
     @property
     def entries(self) -> int:
@@ -33,7 +38,13 @@ class Layer:
     def between(self, start: int, stop: int) -> Layer:
         """The entries whose positions are in [start, stop), positions unchanged. Views, no copy."""
         first, last = np.searchsorted(self.positions, (start, stop))
-        return Layer(self.keys[:, first:last], self.values[:, first:last], self.positions[first:last])
+        mass = None if self.mass is None else self.mass[:, first:last]
+        return Layer(self.keys[:, first:last], self.values[:, first:last], self.positions[first:last], mass)
+
+    @property
+    def nbytes(self) -> int:
+        arrays = (self.keys, self.values, self.positions, self.mass)
+        return sum(array.nbytes for array in arrays if array is not None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +60,7 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.keys.nbytes + layer.values.nbytes + layer.positions.nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self.layers)
 
     @property
     def elements(self) -> int:
@@ -69,6 +80,8 @@ class Cache:
                 raise CacheInvalid(f"layer {index}: {layer.keys.shape[1]} entries but {layer.entries} positions")
             if np.any(np.diff(layer.positions, prepend=-1) <= 0):
                 raise CacheInvalid(f"layer {index}: positions do not rise")
+            if layer.mass is not None and layer.mass.shape != layer.keys.shape[:2]:
+                raise CacheInvalid(f"layer {index}: attention mass {layer.mass.shape} of keys {layer.keys.shape}")
 
     def check(self) -> None:
         """Raise CacheInvalid like check_form, and for a NaN or an infinity."""
@@ -95,5 +108,13 @@ def concatenate(parts: Sequence[Cache]) -> Cache:
             raise CacheInvalid(f"layer {index}: parts overlap or are out of order")
         keys = np.concatenate([layer.keys for layer in layers], axis=1)
         values = np.concatenate([layer.values for layer in layers], axis=1)
-        joined.append(Layer(keys, values, positions))
+        joined.append(Layer(keys, values, positions, _joined_mass(layers)))
     return Cache(tuple(joined))
+
+
+def _joined_mass(layers: Sequence[Layer]) -> Float32 | None:
+    """Of all parts that have entries, or none: shares of one part say nothing of another's."""
+    known = [layer.mass for layer in layers if layer.mass is not None]
+    if len(known) < len([layer for layer in layers if layer.entries or layer.mass is not None]) or not known:
+        return None
+    return np.concatenate(known, axis=1)
