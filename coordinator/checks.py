@@ -21,6 +21,7 @@ _WRITTEN = {
     "agent": _AGENT,
     "sources": "a source is written pi-1, or pi-1:report for one context of it",
     "policy": "a policy's name is made of small letters, digits, '-' and '_'",
+    "rung": "a rung's name is made of small letters, digits, '.', '-' and '_', 32 at most",
     "name": "a context's name is made of letters, digits, '.', '-' and '_', 64 at most",
 }
 

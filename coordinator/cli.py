@@ -81,6 +81,13 @@ def ask(
     quality: Annotated[
         float, typer.Option(help="Largest mean KL divergence, in nats, that compression may cost.")
     ] = DEFAULT_QUALITY_FLOOR,
+    rung: Annotated[
+        str | None,
+        typer.Option(help="Send caches at this rung of the model's ladder, whatever its loss: q6, qkvcomm-6, ..."),
+    ] = None,
+    facts: Annotated[
+        int, typer.Option(help="Tokens of facts (keywords, names, numbers) that come with each cache.")
+    ] = 0,
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 32,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report there as JSON.")] = None,
 ) -> None:
@@ -108,6 +115,8 @@ def ask(
                 policy=policy,
                 deadline_s=deadline,
                 quality_floor=quality,
+                rung=rung,
+                facts_tokens=facts,
                 max_new_tokens=max_tokens,
                 on_event=show,
             )

@@ -85,11 +85,16 @@ class Client:
         policy: str | None = None,
         deadline_s: float | None = None,
         quality_floor: float = DEFAULT_QUALITY_FLOOR,
+        rung: str | None = None,
+        facts_tokens: int = 0,
         max_new_tokens: int = 32,
         timeout_s: float = 180.0,
         on_event: Callable[[RoundEvent], None] | None = None,
     ) -> RoundReport:
         """Ask, and wait for the end. on_event sees the plan, the pieces of the answer, and the end as they come.
+
+        rung: send caches at this one of the model's ladder, whatever its loss. facts_tokens: so many tokens of facts
+        come with each cache.
 
         Raises RequestImpossible, RequestRefused (with the coordinator's reason), CoordinatorMissing, RequestTimeout
         after timeout_s. Cancelled or out of time, it withdraws the question.
@@ -103,6 +108,8 @@ class Client:
             policy=policy,
             deadline_s=deadline_s,
             quality_floor=quality_floor,
+            rung=rung,
+            facts_tokens=facts_tokens,
             max_new_tokens=max_new_tokens,
         )
         check(ask_)
@@ -255,6 +262,8 @@ def ask(
     policy: str | None = None,
     deadline_s: float | None = None,
     quality_floor: float = DEFAULT_QUALITY_FLOOR,
+    rung: str | None = None,
+    facts_tokens: int = 0,
     max_new_tokens: int = 32,
 ) -> RoundReport:
     """`Client.ask` for programs without an event loop. Raises the same errors, and BrokerUnreachable."""
@@ -268,6 +277,8 @@ def ask(
                 policy=policy,
                 deadline_s=deadline_s,
                 quality_floor=quality_floor,
+                rung=rung,
+                facts_tokens=facts_tokens,
                 max_new_tokens=max_new_tokens,
             )
 

@@ -109,6 +109,7 @@ class Round:
                     receiver=self.ask.receiver,
                     own_tokens=source.own_tokens,
                     rung=source.rung,
+                    facts_tokens=self.ask.facts_tokens,
                     expires_s=expires_s,
                     chunk_bytes=SMALL_CHUNK_BYTES if source.link_bps < SLOW_LINK_BPS else LARGE_CHUNK_BYTES,
                     rate_bps=source.share_bps if self._shared(source) and source.share_bps > 0 else None,

@@ -27,8 +27,10 @@ from broker_config.messages import (
 )
 from broker_config.transfer import Inbox
 from edge_agent.answering import Answering
+from edge_agent.context_facts import ContextFacts
 from edge_agent.engine import Engine
 from edge_agent.errors import AgentError
+from edge_agent.facts import Extractor
 from edge_agent.library import Library
 from edge_agent.link_quality import LinkMeter
 from edge_agent.memory import ContextStore
@@ -118,7 +120,13 @@ class Agent:
         )
         self._answering = Answering(agent=self._name, engine=self._engine, parts=self._parts, control=control)
         self._outgoing = Outgoing(
-            agent=self._name, engine=self._engine, store=self._store, control=control, bulk=bulk, link=self._link
+            agent=self._name,
+            engine=self._engine,
+            store=self._store,
+            facts=ContextFacts(self._engine.text, Extractor(spacy_model=self._settings.facts.spacy_model or None)),
+            control=control,
+            bulk=bulk,
+            link=self._link,
         )
 
     def _order(self, order: Order, _: Mapping[str, str]) -> None:

@@ -16,6 +16,7 @@ from broker_config.errors import BusError
 from broker_config.messages import AnswerOrder, AnswerOutcome, AnswerPiece
 from edge_agent.engine import Engine
 from edge_agent.errors import AgentError, ContextTooLong
+from edge_agent.facts import merged, summary
 from edge_agent.parts import Parts, Progress
 from edge_agent.tasks import gather_or_cancel, last_words
 
@@ -50,10 +51,13 @@ class Answering:
         question_ids = self._engine.text.question_ids(order.question)
         self._check_room(order, len(question_ids))
         answer.progress = [Progress(part) for part in order.parts]
-        caches = await gather_or_cancel([self._parts.fetch(order, progress) for progress in answer.progress])
-        answer.context_tokens = sum(cache.entries for cache in caches)
-        live = await self._engine.join(caches)
-        del caches
+        fetched = await gather_or_cancel([self._parts.fetch(order, progress) for progress in answer.progress])
+        answer.context_tokens = sum(each.tokens for each in fetched)
+        facts = summary(merged([each.facts for each in fetched]))
+        question_ids = [*self._engine.text.facts_ids(facts), *question_ids]
+        self._check_room(order, len(question_ids))
+        live = await self._engine.join([(each.cache, each.tokens) for each in fetched])
+        del fetched
         waiting = time.perf_counter()
         async with self._pieces(order) as pieces, self._engine.turns.turn(order.asker):
             begin = time.perf_counter()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -18,6 +19,7 @@ from edge_agent.kv.reader import decode
 from edge_agent.kv.recipe import recipe
 from edge_agent.model.exchange import expectation, payload_header
 from edge_agent.model.session import LiveContext, Model
+from edge_agent.model.signature import LAST_QUERIES
 from edge_agent.model.text import AnswerText, Text
 from edge_agent.speed import SpeedMeter
 from edge_agent.turns import Turns
@@ -63,26 +65,29 @@ class Engine:
         if tokens > room:
             raise ContextTooLong(tokens + manifest.window_tokens - room, manifest.window_tokens)
 
-    async def prefill_context(self, ids: list[int], asker: str) -> tuple[Cache, float]:
+    async def prefill_context(self, ids: list[int], asker: str, *, mass: bool = False) -> tuple[Cache, float]:
         """The cache of a context that starts with ids, and the seconds of computing it took. One turn per chunk.
 
+        mass: with the attention that its last tokens pay to each entry, by which layers are chosen.
         Raises ContextEmpty, ContextTooLong, ModelFailed, and CacheInvalid if the model computed a NaN.
         """
         live = self.after_prefix(room=len(ids))
         start, seconds = live.next_position, 0.0
-        for _, chunk in live.chunks(ids):
+        for last_of, chunk in live.chunks(ids):
+            queries = mass and len(ids) - last_of < LAST_QUERIES
+            step = partial(live.step, chunk, logits=None, keys=True, queries=queries)
             async with self.turns.turn(asker):
-                seconds += (await self._timed(lambda chunk=chunk: live.step(chunk, logits=None, keys=True)))[1]  # type: ignore[misc]
+                seconds += (await self._timed(step))[1]
         self.meter.prefill(len(ids), seconds)
-        cache = await self._step(lambda: live.extract(start, live.next_position))
+        cache = await self._step(lambda: live.extract(start, live.next_position, mass=mass))
         cache.check()
         return cache, seconds
 
-    async def join(self, caches: list[Cache]) -> LiveContext:
-        """Caches one after another behind the prefix, keys rotated to where they land."""
-        live = self.after_prefix(room=sum(cache.entries for cache in caches) + RESERVED_TOKENS)
-        for cache in caches:
-            await self._step(lambda cache=cache: live.append(cache))  # type: ignore[misc]
+    async def join(self, contexts: Sequence[tuple[Cache, int]]) -> LiveContext:
+        """Caches of contexts of so many tokens, in turn behind the prefix, keys rotated to where they land."""
+        live = self.after_prefix(room=sum(tokens for _, tokens in contexts) + RESERVED_TOKENS)
+        for cache, tokens in contexts:
+            await self._step(partial(live.append, cache, tokens=tokens))
         return live
 
     async def first_token(self, live: LiveContext, question_ids: list[int]) -> tuple[Float32, float]:
@@ -162,7 +167,7 @@ class Engine:
         manifest, rung = self.model.manifest, recipe("q8")
         header = payload_header(manifest, "0" * 32, [0] * cache.entries, own_tokens=0, rung=rung)
         start = time.perf_counter()
-        data = b"".join(encode(header, cache, rung))
+        data = b"".join(encode(header, cache))
         encoded = time.perf_counter()
         decode(data, expectation(manifest, 1 << 40))
         return encoded - start, time.perf_counter() - encoded

@@ -83,7 +83,7 @@ class Library:
                 continue
             try:
                 with self._store.pinned(held.context_id):
-                    cache, seconds = await self._engine.prefill_context(list(held.ids), BACKGROUND)
+                    cache, seconds = await self._engine.prefill_context(list(held.ids), BACKGROUND, mass=True)
                     out = self._store.put(held.context_id, cache)
             except AgentError as error:
                 log.warning("%s is held as text only: %s", name, error)

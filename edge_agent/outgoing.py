@@ -13,6 +13,7 @@ from broker_config.bus import Bus
 from broker_config.errors import BusError, TransferError
 from broker_config.messages import Abort, EndState, SendOrder, SendOutcome
 from broker_config.transfer import Sent, send
+from edge_agent.context_facts import ContextFacts
 from edge_agent.engine import Engine
 from edge_agent.errors import AgentError, BudgetExceeded, RecipeInvalid
 from edge_agent.kv.cache import Cache
@@ -30,9 +31,18 @@ class Outgoing:
     """Carries out SendOrders. Every order ends in exactly one SendOutcome."""
 
     def __init__(
-        self, *, agent: str, engine: Engine, store: ContextStore, control: Bus, bulk: Bus, link: LinkMeter
+        self,
+        *,
+        agent: str,
+        engine: Engine,
+        store: ContextStore,
+        facts: ContextFacts,
+        control: Bus,
+        bulk: Bus,
+        link: LinkMeter,
     ) -> None:
         self._agent, self._engine, self._store = agent, engine, store
+        self._facts = facts
         self._control, self._bulk, self._link = control, bulk, link
 
     async def carry_out(self, order: SendOrder) -> None:
@@ -64,13 +74,21 @@ class Outgoing:
         held = self._store.get(order.context_id)
         if order.own_tokens > len(held.ids):
             raise RecipeInvalid(f"{order.own_tokens} leading tokens of a context of {len(held.ids)}")
-        header = payload_header(
-            self._engine.model.manifest, held.context_id, held.ids, own_tokens=order.own_tokens, rung=rung
-        )
-        job.payload_bytes = header.payload_bytes()
         with self._store.pinned(held.context_id), self._link.transferring():
             async with asyncio.timeout_at(deadline_s):
-                cache = await self._cache(job, held) if order.own_tokens < len(held.ids) else None
+                as_text = order.own_tokens == len(held.ids)
+                cache = None if as_text else await self._cache(job, held)
+                facts = () if as_text else await self._facts.of(held, order.facts_tokens)
+            header = payload_header(
+                self._engine.model.manifest,
+                held.context_id,
+                held.ids,
+                own_tokens=order.own_tokens,
+                rung=rung,
+                cache=cache,
+                facts=facts,
+            )
+            job.payload_bytes = header.payload_bytes()
             sent = await send(
                 bulk=self._bulk,
                 control=self._control,
@@ -78,7 +96,7 @@ class Outgoing:
                 receiver=order.receiver,
                 transfer=order.transfer,
                 request=order.request,
-                pieces=self._pieces(job, encode(header, cache, rung)),
+                pieces=self._pieces(job, encode(header, cache)),
                 total_bytes=job.payload_bytes,
                 chunk_bytes=order.chunk_bytes,
                 rate_bps=order.rate_bps,
@@ -92,7 +110,7 @@ class Outgoing:
         """The context's cache, computed if it is not in memory."""
         cache = self._store.cache(held.context_id)
         if cache is None:
-            cache, job.prefill_s = await self._engine.prefill_context(list(held.ids), job.order.request)
+            cache, job.prefill_s = await self._engine.prefill_context(list(held.ids), job.order.request, mass=True)
             try:
                 self._store.put(held.context_id, cache)
             except BudgetExceeded as error:  # it can be sent all the same

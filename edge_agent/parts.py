@@ -15,6 +15,7 @@ from broker_config.messages.base import COORDINATOR
 from broker_config.transfer import Inbox, Incoming
 from edge_agent.engine import Engine
 from edge_agent.errors import AgentError, ContextUnknown, PartFailed, PayloadRejected
+from edge_agent.facts import Fact
 from edge_agent.kv.cache import Cache, concatenate
 from edge_agent.kv.payload import Header
 from edge_agent.kv.reader import PayloadReader
@@ -52,6 +53,15 @@ class Progress:
         )
 
 
+@dataclass(frozen=True)
+class Fetched:
+    """A context of so many tokens at its receiver. facts: what its sender said of it beside a cache."""
+
+    cache: Cache
+    tokens: int
+    facts: tuple[Fact, ...] = ()
+
+
 class Parts:
     """Fetches parts. Several at once; each one's computing waits for its turn at the model."""
 
@@ -71,12 +81,12 @@ class Parts:
         self._limit_bytes = limit_bytes
         self._texts: dict[str, asyncio.Future[TextReply]] = {}
 
-    async def fetch(self, order: AnswerOrder, progress: Progress) -> Cache:
-        """The cache of one part; progress is filled on the way. Raises PartFailed with all that was tried."""
+    async def fetch(self, order: AnswerOrder, progress: Progress) -> Fetched:
+        """One part as a cache; progress is filled on the way. Raises PartFailed with all that was tried."""
         part = progress.part
         try:
             if part.sender == self._agent:
-                return await self._own(order, progress)
+                return _whole(await self._own(order, progress))
             return await self._receive(order, progress, part.transfer)
         except (AgentError, BusError) as error:
             progress.state = error.state if isinstance(error, TransferError) else "refused"
@@ -84,12 +94,12 @@ class Parts:
         for holder in part.text_holders:
             log.warning("%s: %s; asking %s for the text", order.request, progress.failures[-1], holder)
             try:
-                cache = await self._fall_back(order, progress, holder)
+                fetched = await self._fall_back(order, progress, holder)
             except (AgentError, BusError) as error:
                 progress.failures.append(f"{holder}: {error}")
             else:
                 progress.fallback = holder
-                return cache
+                return fetched
         tried = "; ".join(progress.failures)
         raise PartFailed(f"context {part.context_id} of {part.sender} could not be had: {tried}")
 
@@ -107,10 +117,10 @@ class Parts:
             cache, progress.prefill_s = await self._engine.prefill_context(list(held.ids), order.asker)
         return cache
 
-    async def _fall_back(self, order: AnswerOrder, progress: Progress, holder: str) -> Cache:
+    async def _fall_back(self, order: AnswerOrder, progress: Progress, holder: str) -> Fetched:
         part = progress.part
         if holder == COORDINATOR:
-            return await self._from_coordinator(order, progress)
+            return _whole(await self._from_coordinator(order, progress))
         transfer = new_id()
         again = SendOrder(
             request=order.request,
@@ -144,7 +154,7 @@ class Parts:
         ids = self._engine.text.context_ids(reply.text)
         return await self._prefill(order, progress, ids)
 
-    async def _receive(self, order: AnswerOrder, progress: Progress, transfer: str) -> Cache:
+    async def _receive(self, order: AnswerOrder, progress: Progress, transfer: str) -> Fetched:
         incoming = self._inbox.expect(transfer)
         reader = PayloadReader(expectation(self._engine.model.manifest, self._limit_bytes))
         try:
@@ -158,12 +168,12 @@ class Parts:
             incoming.close()
         header = _ordered(reader.header, received, progress.part)
         if received is None:
-            return await self._prefill(order, progress, header.ids())
+            return _whole(await self._prefill(order, progress, header.ids()))
         self._engine.meter.decode_payload(received.elements, progress.decode_s)
         if not header.own_tokens:
-            return received
+            return Fetched(received, header.tokens, header.facts)
         own, progress.prefill_s = await self._engine.prefill_context(header.ids(), order.asker)
-        return concatenate([own, received])
+        return Fetched(concatenate([own, received]), header.tokens, header.facts)
 
     async def _read(self, incoming: Incoming, reader: PayloadReader, progress: Progress, timeout_s: float) -> None:
         """Decode the payload while it arrives. Raises TransferError, and PayloadRejected at the first wrong byte."""
@@ -193,6 +203,11 @@ class Parts:
             raise PayloadRejected("own_ids", "are not the tokens of the context that was ordered")
         cache, progress.prefill_s = await self._engine.prefill_context(ids, order.asker)
         return cache
+
+
+def _whole(cache: Cache) -> Fetched:
+    """A context whose cache was computed here, every entry of it."""
+    return Fetched(cache, cache.entries)
 
 
 def _ordered(header: Header | None, received: Cache | None, part: Part) -> Header:

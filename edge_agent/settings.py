@@ -44,6 +44,18 @@ class MemorySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = 512.0
 
 
+class FactsSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How facts are found in contexts, for orders that want them sent beside a cache."""
+
+    spacy_model: Annotated[
+        str,
+        Meta(
+            title="spaCy model that names entities, by name or path, if spaCy is installed; empty: never use spaCy",
+            extra={"unit": ""},
+        ),
+    ] = "en_core_web_sm"
+
+
 class TelemetrySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the agent reports of itself, and how often."""
 
@@ -78,6 +90,7 @@ class AgentSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     broker: Annotated[BrokerSettings, Meta(title="the MQTT broker")] = BrokerSettings()
     compute: Annotated[ComputeSettings, Meta(title="the model")] = ComputeSettings()
     memory: Annotated[MemorySettings, Meta(title="memory")] = MemorySettings()
+    facts: Annotated[FactsSettings, Meta(title="facts")] = FactsSettings()
     telemetry: Annotated[TelemetrySettings, Meta(title="telemetry")] = TelemetrySettings()
 
     def __post_init__(self) -> None:

@@ -67,7 +67,8 @@ class SendOrder(Message, frozen=True, kw_only=True, tag="send"):
     """Send a context to `receiver` as one transfer.
 
     The first own_tokens tokens go as ids, for the receiver to prefill; the rest as cache entries at `rung`. So
-    own_tokens = all is the token medium, 0 the cache medium. rate_bps is this link's share (None: unpaced).
+    own_tokens = all is the token medium, 0 the cache medium. facts_tokens: facts of the context go beside its cache, as
+    many as take that many tokens in the prompt. rate_bps is this link's share (None: unpaced).
     """
 
     request: Id
@@ -76,6 +77,7 @@ class SendOrder(Message, frozen=True, kw_only=True, tag="send"):
     receiver: AgentId
     own_tokens: Tokens
     rung: RungName
+    facts_tokens: Tokens = 0
     expires_s: Seconds
     chunk_bytes: Annotated[int, Meta(ge=1_024, le=262_144)] = 65_536
     rate_bps: BitsPerSecond | None = None

@@ -40,7 +40,11 @@ Source = Annotated[
 
 
 class Ask(Message, frozen=True, kw_only=True, tag="ask"):
-    """A question to be answered by `receiver` from what the sources hold. Events go to clients/{client}/events."""
+    """A question to be answered by `receiver` from what the sources hold. Events go to clients/{client}/events.
+
+    rung: caches are sent at this one of the ladder, whatever its loss. facts_tokens: so many tokens of facts come with
+    each cache.
+    """
 
     request: Id
     client: ClientId
@@ -50,6 +54,8 @@ class Ask(Message, frozen=True, kw_only=True, tag="ask"):
     policy: PolicyName | None = None
     deadline_s: Annotated[float, Meta(gt=0, le=86_400)] | None = None
     quality_floor: Nats = DEFAULT_QUALITY_FLOOR
+    rung: RungName | None = None
+    facts_tokens: Annotated[int, Meta(ge=0, le=1_024)] = 0
     max_new_tokens: Annotated[int, Meta(ge=1, le=4_096)] = 32
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from broker_config.messages import Rung
+from coordinator.errors import RequestImpossible
 from coordinator.policy.shares import Allocation, Floats, Shares
 
 
@@ -35,6 +36,15 @@ def allowed_rungs(ladder: Sequence[Rung], floor: float, pressure: float, caps: P
         if not allowed or rung.kl < allowed[-1].kl:
             allowed.append(rung)
     return tuple(allowed)
+
+
+def named_rung(ladder: Sequence[Rung], name: str, pressure: float, caps: PressureCaps) -> tuple[Rung, ...]:
+    """The rung of that name, whatever its loss, if memory at this pressure allows it. Raises RequestImpossible."""
+    rung = next((rung for rung in ladder if rung.name == name), None)
+    if rung is None:
+        known = ", ".join(rung.name for rung in ladder)
+        raise RequestImpossible(f"the model's ladder has no rung {name}; it has {known}")
+    return (rung,) if rung.bits_per_element <= caps.at_most(pressure) else ()
 
 
 def why_no_rung(floor: float, pressure: float, caps: PressureCaps) -> str:

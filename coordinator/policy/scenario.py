@@ -20,7 +20,7 @@ from coordinator.fleet import (
     resolve_source,
 )
 from coordinator.latency import HEADER_BYTES, TIE_FRACTION, Link, RequestTerms, Scenario, usable
-from coordinator.policy.rungs import PressureCaps, allowed_rungs, why_no_rung
+from coordinator.policy.rungs import PressureCaps, allowed_rungs, named_rung, why_no_rung
 
 LEAST_FREE = 0.05
 """A round that comes while a channel is full is planned as if a twentieth were free: what is in flight will end."""
@@ -40,18 +40,22 @@ class PlanRequest:
     question_tokens: int
     deadline_s: float | None = None
     quality_floor: float = DEFAULT_QUALITY_FLOOR
+    rung: str | None = None
     max_new_tokens: int = 0
 
     @classmethod
     def of(cls, ask: Ask) -> PlanRequest:
-        """From the message, the length of the question estimated (a coordinator has no tokenizer)."""
+        """From the message, the length of the question estimated (a coordinator has no tokenizer), with its facts."""
         return cls(
             request=ask.request,
             sources=ask.sources,
             receiver=ask.receiver,
-            question_tokens=QUESTION_FRAME_TOKENS + -(-len(ask.question.encode()) // BYTES_PER_TOKEN),
+            question_tokens=QUESTION_FRAME_TOKENS
+            + -(-len(ask.question.encode()) // BYTES_PER_TOKEN)
+            + ask.facts_tokens * len(ask.sources),
             deadline_s=ask.deadline_s,
             quality_floor=ask.quality_floor,
+            rung=ask.rung,
             max_new_tokens=ask.max_new_tokens,
         )
 
@@ -71,7 +75,8 @@ def build_scenario(
     """The links of all requests, in the order of the requests and of their sources.
 
     airtime_free: what transfers in flight leave of each channel (1 if not named; raised to LEAST_FREE).
-    Raises AgentUnknown, AgentOffline, ContextNotHeld, ContextAmbiguous, ModelsDiffer, RequestImpossible.
+    Raises AgentUnknown, AgentOffline, ContextNotHeld, ContextAmbiguous, ModelsDiffer, RequestImpossible (also where a
+    sender's ladder lacks the rung that is asked for).
     """
     links: list[Link] = []
     terms: list[RequestTerms] = []
@@ -143,13 +148,18 @@ def _link(
         raise RequestImpossible(f"no telemetry of {agent} or {request.receiver} yet; ask again in a few seconds")
     pressure = max(sent.memory.pressure, received.memory.pressure)
     rate_bps = link_bps(fleet, agent, request.receiver)
-    rungs = allowed_rungs(model.ladder, request.quality_floor, pressure, caps)
+    if request.rung is None:
+        rungs = allowed_rungs(model.ladder, request.quality_floor, pressure, caps)
+        without = why_no_rung(request.quality_floor, pressure, caps)
+    else:
+        rungs = named_rung(model.ladder, request.rung, pressure, caps)
+        without = f"rung {request.rung} is too large under memory pressure {pressure:.2f}: sent as text"
     notes = {
         "link not measured yet: sent as text": rate_bps is None,
         f"speed of {agent} not measured yet: sent as text": not usable(sent.speed),
         f"speed of {request.receiver} not measured yet: sent as text": not usable(received.speed),
         "prompt prefixes differ: sent as text": model.prefix != _model(fleet, request.receiver).prefix,
-        why_no_rung(request.quality_floor, pressure, caps): not rungs,
+        without: not rungs,
     }
     note = next((note for note, applies in notes.items() if applies), "")
     return Link(

@@ -10,7 +10,8 @@ the context); slices carry the entries of the others. A payload with all ids and
 
 A slice's body: u32 first position, u32 tokens, then by codec
     float32, fp16   keys then values of every sent layer, (kv_heads, tokens, head_dim) each
-    affine          float32 (sent layers, 2, 2): minimum and maximum of keys, of values; then all codes bit-packed
+    affine          float32 (sent layers, 2, 2): minimum and maximum of keys, of values; then the codes, bit-packed: of
+                    the layers of each width together, widths rising, layers rising, keys then values of each
 """
 
 from __future__ import annotations
@@ -27,16 +28,19 @@ from msgspec import Meta, Struct
 
 from broker_config.messages.base import Digest, RungName, Tokens
 from edge_agent.errors import CacheInvalid, PayloadRejected
+from edge_agent.facts.fact import Fact
 from edge_agent.kv.bitpack import pack, packed_bytes, unpack
 from edge_agent.kv.cache import Cache, Float32, Layer
 from edge_agent.kv.quantize import Quantized, dequantize, quantize
-from edge_agent.kv.recipe import Codec, Recipe
+from edge_agent.kv.recipe import Codec
 
 MAGIC = b"KVB1"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SLICE_MARK, TRAILER_MARK = b"S", b"T"
 DIGEST_BYTES, FINAL_DIGEST_BYTES = 16, 32
 MAX_HEADER_BYTES = 1 << 20
+
+MAX_FACTS = 256
 
 LARGEST_FP16 = float(np.finfo(np.float16).max)
 
@@ -51,7 +55,11 @@ class Shape(Struct, frozen=True, kw_only=True):
 
 
 class Header(Struct, frozen=True, kw_only=True):
-    """The payload's header. tokens is of the whole context; own_ids are its first tokens, id_bytes each."""
+    """The payload's header. tokens is of the whole context; own_ids are its first tokens, id_bytes each.
+
+    widths: with codec "affine", the bits of each sent layer; else empty. facts: what the sender says of the context
+    beside its cache, for the receiver to put before the question.
+    """
 
     format_version: Annotated[int, Meta(ge=FORMAT_VERSION, le=FORMAT_VERSION)] = FORMAT_VERSION
     fingerprint: Digest
@@ -61,13 +69,14 @@ class Header(Struct, frozen=True, kw_only=True):
     prefix: Digest
     shape: Shape
     codec: Codec
-    bits: Annotated[int, Meta(ge=1, le=32)]
+    widths: Annotated[tuple[Annotated[int, Meta(ge=1, le=8)], ...], Meta(max_length=512)] = ()
     rung: RungName
     transform: str | None = None
     slice_tokens: Annotated[int, Meta(ge=1, le=65_536)]
     tokens: Tokens
     id_bytes: Annotated[int, Meta(ge=1, le=4)]
     own_ids: Annotated[bytes, Meta(max_length=MAX_HEADER_BYTES)]
+    facts: Annotated[tuple[Fact, ...], Meta(max_length=MAX_FACTS)] = ()
 
     @property
     def own_tokens(self) -> int:
@@ -86,10 +95,16 @@ class Header(Struct, frozen=True, kw_only=True):
 
     def body_bytes(self, tokens: int) -> int:
         """Size of the body of a slice of so many tokens."""
-        elements = 2 * len(self.shape.sent_layers) * self.shape.kv_heads * self.shape.head_dim * tokens
+        of_a_layer = 2 * self.shape.kv_heads * self.shape.head_dim * tokens
+        sent = len(self.shape.sent_layers)
         if self.codec == "affine":
-            return 8 + 16 * len(self.shape.sent_layers) + packed_bytes(elements, self.bits)
-        return 8 + elements * (4 if self.codec == "float32" else 2)
+            codes = sum(packed_bytes(len(places) * of_a_layer, bits) for bits, places in self.places_by_width())
+            return 8 + 16 * sent + codes
+        return 8 + sent * of_a_layer * (4 if self.codec == "float32" else 2)
+
+    def places_by_width(self) -> list[tuple[int, list[int]]]:
+        """(bits, places in sent_layers of the layers that have so many), bits rising."""
+        return [(bits, [at for at, own in enumerate(self.widths) if own == bits]) for bits in sorted(set(self.widths))]
 
     def decoded_bytes(self) -> int:
         """Memory that the decoded slices will occupy as float32."""
@@ -107,14 +122,12 @@ def pack_ids(ids: list[int], id_bytes: int) -> bytes:
     return np.asarray(ids, dtype=f"<u{id_bytes}").tobytes()
 
 
-def encode(header: Header, cache: Cache | None, recipe: Recipe) -> Iterator[bytes]:
+def encode(header: Header, cache: Cache | None) -> Iterator[bytes]:
     """The payload piece by piece: header, each slice as soon as it is coded, trailer.
 
     cache must cover positions [own_tokens, tokens) in every sent layer (None when there is nothing to send).
     Raises CacheInvalid for a cache that doesn't, or that holds a NaN, an infinity, or what fp16 can't hold.
     """
-    if (header.codec, header.bits) != (recipe.codec, recipe.bits):
-        raise CacheInvalid(f"header says {header.codec} {header.bits}, the recipe {recipe.name}")
     digest = hashlib.blake2b(digest_size=FINAL_DIGEST_BYTES)
     packed = _pack_header(header)
     first = MAGIC + struct.pack("<I", len(packed)) + packed + _digest(packed)
@@ -159,10 +172,12 @@ def _encode_slice(header: Header, part: Cache, tokens: int) -> bytes:
             raise CacheInvalid(f"layer {index} has {layer.entries} of the {tokens} entries to be sent")
         tensors += [layer.keys, layer.values]
     if header.codec == "affine":
-        quantized = [quantize(tensor, header.bits) for tensor in tensors]
-        ranges = np.array([(q.minimum, q.maximum) for q in quantized], dtype="<f4")
-        codes = np.concatenate([q.codes.reshape(-1) for q in quantized])
-        return ranges.tobytes() + pack(codes, header.bits)
+        quantized = [quantize(tensor, header.widths[place // 2]) for place, tensor in enumerate(tensors)]
+        pieces = [np.array([(q.minimum, q.maximum) for q in quantized], dtype="<f4").tobytes()]
+        for bits, places in header.places_by_width():
+            codes = [quantized[2 * place + kind].codes.reshape(-1) for place in places for kind in (0, 1)]
+            pieces.append(pack(np.concatenate(codes), bits))
+        return b"".join(pieces)
     if not all(np.isfinite(tensor).all() for tensor in tensors):
         raise CacheInvalid("a cache to be sent holds a NaN or an infinity")
     if header.codec == "fp16":
@@ -185,11 +200,17 @@ def _decode_affine(header: Header, data: memoryview, dims: tuple[int, int, int])
     ranges = np.frombuffer(data[: 8 * count], dtype="<f4").reshape(count, 2)
     if not np.isfinite(ranges).all() or np.any(ranges[:, 0] > ranges[:, 1]):
         raise PayloadRejected("slice", "holds a range that is not one")
-    codes = unpack(data[8 * count :], header.bits, count * dims[0] * dims[1] * dims[2]).reshape(count, *dims)
-    return [
-        dequantize(Quantized(code, header.bits, float(low), float(high)))
-        for code, (low, high) in zip(codes, ranges, strict=True)
-    ]
+    tensors: dict[int, Float32] = {}
+    of_a_layer, at = 2 * dims[0] * dims[1] * dims[2], 8 * count
+    for bits, places in header.places_by_width():
+        size = packed_bytes(len(places) * of_a_layer, bits)
+        codes = unpack(data[at : at + size], bits, len(places) * of_a_layer).reshape(len(places), 2, *dims)
+        at += size
+        for place, pair in zip(places, codes, strict=True):
+            for kind in (0, 1):
+                low, high = (float(bound) for bound in ranges[2 * place + kind])
+                tensors[2 * place + kind] = dequantize(Quantized(pair[kind], bits, low, high))
+    return [tensors[index] for index in range(count)]
 
 
 def _pack_header(header: Header) -> bytes:

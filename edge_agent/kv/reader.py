@@ -12,7 +12,6 @@ import msgpack
 import msgspec
 
 from edge_agent.errors import PayloadRejected, WrongModel
-from edge_agent.kv.bitpack import check_bits
 from edge_agent.kv.cache import Cache, concatenate
 from edge_agent.kv.payload import (
     DIGEST_BYTES,
@@ -197,13 +196,9 @@ def _parse_header(packed: bytes) -> Header:
 
 
 def _check_codec(header: Header) -> None:
-    widths = {"float32": 32, "fp16": 16}
-    try:
-        expected = widths[header.codec] if header.codec in widths else check_bits(header.bits)
-    except ValueError as error:
-        raise PayloadRejected("bits", str(error)) from None
-    if header.bits != expected:
-        raise PayloadRejected("bits", f"{header.bits} for codec {header.codec}")
+    expected = len(header.shape.sent_layers) if header.codec == "affine" else 0
+    if len(header.widths) != expected:
+        raise PayloadRejected("widths", f"{len(header.widths)} where codec {header.codec} has {expected}")
 
 
 def _check_layers(shape: Shape) -> None:

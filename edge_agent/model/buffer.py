@@ -89,6 +89,11 @@ class Buffer:
             self._positions[layer, filled : filled + count] = positions
         self.filled += np.int32(count)
 
+    def forget(self, position: int) -> None:
+        """Drop the entries at `position` and after, of every layer."""
+        for layer in range(self.form.layers):
+            self.filled[layer] = np.searchsorted(self.positions(layer), position)
+
     def write(self, layer: int, keys: Float32, values: Float32, positions: Int32) -> None:
         """Put entries behind those of a layer. Raises ValueError if they do not fit."""
         start = int(self.filled[layer])

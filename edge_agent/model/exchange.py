@@ -4,32 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from edge_agent.facts.fact import Fact
+from edge_agent.kv.cache import Cache
 from edge_agent.kv.payload import Header, Shape, pack_ids
 from edge_agent.kv.reader import Expectation
-from edge_agent.kv.recipe import Recipe
+from edge_agent.kv.recipe import Layout, Recipe
 from edge_agent.model.manifest import Manifest
 
 
-def payload_header(manifest: Manifest, context_id: str, ids: Sequence[int], *, own_tokens: int, rung: Recipe) -> Header:
-    """The header of a payload that sends the first own_tokens of ids as ids and the rest as entries at `rung`."""
+def payload_header(
+    manifest: Manifest,
+    context_id: str,
+    ids: Sequence[int],
+    *,
+    own_tokens: int,
+    rung: Recipe,
+    cache: Cache | None = None,
+    facts: Sequence[Fact] = (),
+) -> Header:
+    """The header of a payload that sends the first own_tokens of ids as ids and the rest as entries at `rung`.
+
+    cache: the context's, by whose attention layers are chosen if `rung` chooses any. Raises RecipeInvalid, CacheInvalid
+    like Recipe.layout.
+    """
     id_bytes = manifest.info().bytes_per_token_id
     layers = len(manifest.layers)
+    layout = Layout(()) if own_tokens == len(ids) else rung.layout(layers, manifest.profile, cache)
     return Header(
         fingerprint=manifest.fingerprint,
         tokenizer=manifest.tokenizer_digest,
         weight_precision=manifest.weight_precision,
         context_id=context_id,
         prefix=manifest.prefix_id,
-        shape=Shape(
-            layers=layers, kv_heads=manifest.kv_heads, head_dim=manifest.head_dim, sent_layers=tuple(range(layers))
-        ),
+        shape=Shape(layers=layers, kv_heads=manifest.kv_heads, head_dim=manifest.head_dim, sent_layers=layout.layers),
         codec=rung.codec,
-        bits=rung.bits,
+        widths=layout.widths,
         rung=rung.name,
         slice_tokens=rung.slice_tokens,
         tokens=len(ids),
         id_bytes=id_bytes,
         own_ids=pack_ids(list(ids[:own_tokens]), id_bytes),
+        facts=tuple(facts),
     )
 
 

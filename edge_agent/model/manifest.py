@@ -18,8 +18,9 @@ from msgspec import Meta, Struct
 from broker_config.messages import ModelInfo, Rung
 from broker_config.messages.base import Digest
 from edge_agent.errors import BundleInvalid
+from edge_agent.kv.profile import Profile
 
-MANIFEST_VERSION = 2
+MANIFEST_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 
 Positive = Annotated[int, Meta(ge=1, le=2**31)]
@@ -43,16 +44,18 @@ class LayerSpec(Struct, frozen=True, kw_only=True):
 
 
 class Prompt(Struct, frozen=True, kw_only=True):
-    """The versioned prompt. prefix is prefilled first, always; then every context as context_format; then the question.
+    """The versioned prompt. prefix is prefilled first, always; then every context as context_format; then the facts
+    that came with the contexts, if any; then the question.
 
     Each piece is tokenized by itself without special tokens; prefix_ids are the prefix's token ids.
-    `{text}` and `{question}` are the places of the content.
+    `{text}`, `{facts}` and `{question}` are the places of the content.
     """
 
     version: Positive
     prefix: str
     prefix_ids: Annotated[tuple[int, ...], Meta(min_length=1)]
     context_format: str
+    facts_format: str
     question_format: str
     stop: tuple[str, ...]
 
@@ -103,6 +106,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
     prompt: Prompt
     ladder: tuple[Rung, ...]
     ladder_measured_on: str
+    profile: Profile | None = None
     files: tuple[FileEntry, ...]
     made_with: dict[str, str]
 

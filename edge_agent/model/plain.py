@@ -25,6 +25,12 @@ class PlainKeys:
     def stop(self) -> int:
         return self.start + len(self.layers[0])
 
+    def before(self, position: int) -> PlainKeys | None:
+        """Of the tokens before a position; None if there are none."""
+        if self.start >= position:
+            return None
+        return PlainKeys(self.start, tuple(keys[: position - self.start] for keys in self.layers))
+
 
 def plain_between(kept: Sequence[PlainKeys], start: int, stop: int) -> list[Float32] | None:
     """The keys at positions [start, stop) of each layer, (stop - start, kv_heads · head_dim); None if some lack."""

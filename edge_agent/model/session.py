@@ -296,15 +296,28 @@ class LiveContext:
             for layer in range(self._model.form.layers)
         ]
 
-    def extract(self, start: int, stop: int) -> Cache:
+    def rewind(self, position: int) -> None:
+        """Forget what was read from `position` on, which is read next. Raises ModelUnsupported beyond what was read."""
+        if not 0 <= position <= self._next_position:
+            raise ModelUnsupported(f"position {position} of {self._next_position} can't be gone back to")
+        self._buffer.forget(position)
+        self._plain = [cut for keys in self._plain if (cut := keys.before(position)) is not None]
+        if self._queries is not None and self._queries.positions[-1] >= position:
+            self._queries = None
+        self._next_position = position
+
+    def extract(self, start: int, stop: int, *, mass: bool = False) -> Cache:
         """The entries at positions [start, stop) as a cache: keys without phase, positions relative to start.
 
-        Exact where keys were kept while they were read, else within float32 rounding.
+        Exact where keys were kept while they were read, else within float32 rounding. mass: with the attention that
+        the last tokens paid to each entry. Raises ModelUnsupported for positions that were not read, or if mass is
+        wanted and no queries were kept.
         """
         if not 0 <= start <= stop <= self._next_position:
             raise ModelUnsupported(f"positions {start} to {stop} of {self._next_position} can't be extracted")
         layers = []
         plain = plain_between(self._plain, start, stop)
+        masses = self.attention_mass() if mass else None
         for index in range(self._model.form.layers):
             positions = self._buffer.positions(index)
             first, last = np.searchsorted(positions, (start, stop))
@@ -314,7 +327,8 @@ class LiveContext:
                 keys = unrotate(self._buffer.keys(index)[:, first:last], at, self._model.frequencies(index))
             else:
                 keys = np.ascontiguousarray(plain[index].reshape(len(at), *values.shape[::2]).transpose(1, 0, 2))
-            layers.append(Layer(keys, values, at - np.int32(start)))
+            share = None if masses is None else masses[index][:, first:last].copy()
+            layers.append(Layer(keys, values, at - np.int32(start), share))
         return Cache(tuple(layers))
 
     def append(self, cache: Cache, *, tokens: int | None = None) -> None:

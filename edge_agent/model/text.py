@@ -45,6 +45,16 @@ class Text:
             raise ContextEmpty("the context is empty")
         return self.ids(self._manifest.prompt.context_format.format(text=text.strip()))
 
+    def context_text(self, ids: list[int]) -> str:
+        """The text of a context's ids, as context_ids took it."""
+        before, _, after = self._manifest.prompt.context_format.partition("{text}")
+        return self.decode(ids).removeprefix(before).removesuffix(after)
+
+    def facts_ids(self, facts: str) -> list[int]:
+        """Ids of a summary of facts as it stands in the prompt, on one line; none for an empty one."""
+        line = " ".join(facts.split())
+        return self.ids(self._manifest.prompt.facts_format.format(facts=line)) if line else []
+
     def question_ids(self, question: str) -> list[int]:
         """Ids of a question as it stands in the prompt. Raises ContextEmpty for one without content."""
         if not question.strip():

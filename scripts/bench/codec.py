@@ -88,7 +88,7 @@ def codec_bench(bundle: Path, texts: list[str], *, threads: int, repeats: int) -
 
 def _encode(manifest: Manifest, cache: Cache, recipe: Recipe) -> bytes:
     header = payload_header(manifest, "0" * 32, [0] * cache.entries, own_tokens=0, rung=recipe)
-    return b"".join(encode(header, cache, recipe))
+    return b"".join(encode(header, cache))
 
 
 def _decode(manifest: Manifest, data: bytes) -> Cache | None:

@@ -19,6 +19,7 @@ from edge_agent.model.manifest import Manifest
 from scripts.prepare_model.bundle import DEFAULT_LIMIT_GB, Prepared, copy_to, prepare
 from scripts.prepare_model.cache import SHAPING_PACKAGES, cache_root
 from scripts.prepare_model.errors import DiskFull, PreparationError, is_disk_full
+from scripts.prepare_model.picture import draw
 from scripts.prepare_model.progress import Progress
 from scripts.prepare_model.weights import DEFAULT_WEIGHTS, Weights
 
@@ -60,6 +61,14 @@ def prepare_model(
     cache_limit_gb: Annotated[
         float, typer.Option(min=0, help="Size limit of the cache in GB; what was used longest ago leaves first.")
     ] = DEFAULT_LIMIT_GB,
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw sensitivity, attention and bits by layer into FILE (.png, .svg).",
+            show_default=False,
+        ),
+    ] = None,
     print_path: Annotated[
         bool, typer.Option("--print-path", help="Print nothing but the bundle's path to standard output.")
     ] = False,
@@ -80,6 +89,8 @@ def prepare_model(
             prepared = prepare(model, weights=weights, texts=texts, limit_gb=cache_limit_gb, progress=shown)
             if output is not None:
                 copy_to(prepared.path, output)
+        if picture is not None:
+            draw(prepared.manifest, picture)
         if json_file is not None:
             _write_report(json_file, prepared, cache_limit_gb)
     except PreparationError as error:
@@ -206,6 +217,7 @@ def _write_report(path: Path, prepared: Prepared, limit_gb: float) -> None:
         "precisions": manifest.precisions,
         "ladder": manifest.ladder,
         "ladder_measured_on": manifest.ladder_measured_on,
+        "profile": manifest.profile,
     }
     try:
         path.write_bytes(msgspec.json.format(msgspec.json.encode(report, enc_hook=str), indent=2) + b"\n")

@@ -13,10 +13,11 @@ import tokenizers
 
 from broker_config.messages import Rung
 from edge_agent.errors import AgentError
-from edge_agent.kv.recipe import FIRST_LADDER
+from edge_agent.kv.profile import Profile
 from edge_agent.model.manifest import MANIFEST_NAME, FileEntry, Manifest, Precision, Prompt, file_digest
 from edge_agent.model.text import Text
-from scripts.prepare_model import cache, calibration, ladder, quality, source
+from scripts.prepare_model import cache, calibration, ladder, profile, quality, source
+from scripts.prepare_model.answered import Answered
 from scripts.prepare_model.calibration import Texts
 from scripts.prepare_model.errors import ExportFailed, PreparationError, free_mb
 from scripts.prepare_model.export_graph import MODEL_FILE, ExportGraph
@@ -27,7 +28,7 @@ from scripts.prepare_model.weights import Weights
 from scripts.prepare_model.worker import Exported, ExportJob, RewriteJob, Rewritten, run_worker
 
 TOKENIZER_FILE = "tokenizer.json"
-REPORT_PASSAGES, REPORT_TOKENS = 8, 192
+REPORT_PASSAGES, REPORT_TOKENS = 8, 160
 
 
 def make(
@@ -56,14 +57,22 @@ def make(
         graph = ExportGraph(export / MODEL_FILE, exported.architecture)
         try:
             worst, tokens = quality.compare(graph, scratch / Weights.FP32, list(chain.from_iterable(samples)))
-            precisions = _precisions(scratch, samples, clock)
+            given = len(manifests[Weights.FP32].prompt.prefix_ids)
+            precisions = _precisions(scratch, samples, given, clock)
         except AgentError as error:
             raise ExportFailed(f"the rewritten graph does not run: {error}") from error
         said = {"rewrite check": f"largest logit difference {worst:.1e} over {tokens} tokens"}
         made = scratch / weights
         manifest = manifests[weights]
-        manifest = msgspec.structs.replace(manifest, precisions=precisions, made_with=manifest.made_with | said)
-        manifest = _with_ladder(manifest, made, texts, exported.samples[: texts.samples], clock)
+        passages = [*texts.passages, *exported.samples[: texts.samples]]
+        manifest = msgspec.structs.replace(
+            manifest,
+            precisions=precisions,
+            profile=_profile(scratch / Weights.FP32, passages, clock),
+            made_with=manifest.made_with | said,
+        )
+        _write_manifest(made, manifest)  # some rungs of the ladder read the profile in it
+        manifest = _with_ladder(manifest, made, passages, texts, clock)
         clock.stage("write the bundle")
         _write_manifest(made, manifest)
         cache.put_in_place(made, target)
@@ -135,11 +144,11 @@ def _rewritten(
     return manifests
 
 
-def _precisions(scratch: Path, samples: Sequence[Sequence[int]], clock: Clock) -> tuple[Precision, ...]:
+def _precisions(scratch: Path, samples: Sequence[Sequence[int]], given: int, clock: Clock) -> tuple[Precision, ...]:
     clock.stage("compare weight precisions")
     found = []
     for index, weights in enumerate(Weights):
-        found.append(quality.report(weights, scratch / weights, scratch / Weights.FP32, samples))
+        found.append(quality.report(weights, scratch / weights, scratch / Weights.FP32, samples, given=given))
         clock.progress.step(index + 1, len(Weights))
     return tuple(found)
 
@@ -147,7 +156,7 @@ def _precisions(scratch: Path, samples: Sequence[Sequence[int]], clock: Clock) -
 def _report_ids(bundle: Path, manifest: Manifest, texts: Texts) -> list[list[int]]:
     """Passages as the prompt has them, behind its prefix."""
     text = Text(bundle, manifest)
-    most = min(REPORT_TOKENS, manifest.window_tokens)
+    most = min(len(manifest.prompt.prefix_ids) + REPORT_TOKENS, manifest.window_tokens)
     passages = texts.passages[:: max(1, len(texts.passages) // REPORT_PASSAGES)][:REPORT_PASSAGES]
     return [[*manifest.prompt.prefix_ids, *text.context_ids(passage)][:most] for passage in passages]
 
@@ -208,21 +217,30 @@ def _first_manifest(
         rotary=shape.rotary,
         eos_ids=shape.eos_ids,
         prompt=prompt,
-        ladder=tuple(Rung(name=recipe.name, bits_per_element=32, kl=0, agreement=1) for recipe in FIRST_LADDER),
+        ladder=tuple(Rung(name=recipe.name, bits_per_element=32, kl=0, agreement=1) for recipe in ladder.RECIPES),
         ladder_measured_on="nothing yet",
         files=_files(made),
         made_with={**made_with, "python": platform.python_version(), "export check": exported.check},
     )
 
 
-def _with_ladder(manifest: Manifest, made: Path, texts: Texts, samples: Sequence[str], clock: Clock) -> Manifest:
-    clock.stage("measure the ladder")
-    passages = [*texts.passages, *samples]
+def _profile(exact: Path, passages: Sequence[str], clock: Clock) -> Profile:
+    """What each layer bears, with float32 weights."""
+    clock.stage("profile the layers")
+    chosen = passages[:: max(1, len(passages) // profile.MAX_PASSAGES)][: profile.MAX_PASSAGES]
     try:
-        measured = ladder.measure(made, passages, lambda done: clock.progress.step(done, len(passages)))
+        return profile.measure(Answered(exact, chosen), lambda done: clock.progress.step(done, len(chosen)))
     except AgentError as error:
         raise ExportFailed(f"the exported model does not run: {error}") from error
-    sampled = f" and {len(samples)} texts sampled from the model" if samples else ""
+
+
+def _with_ladder(manifest: Manifest, made: Path, passages: Sequence[str], texts: Texts, clock: Clock) -> Manifest:
+    clock.stage("measure the ladder")
+    try:
+        measured = ladder.measure(Answered(made, passages), lambda done: clock.progress.step(done, len(passages)))
+    except AgentError as error:
+        raise ExportFailed(f"the exported model does not run: {error}") from error
+    sampled = f" and {texts.samples} texts sampled from the model" if texts.samples else ""
     said = f"{texts.origin}{sampled}: {measured.tokens} tokens, {measured.answer_positions} answer positions"
     return msgspec.structs.replace(manifest, ladder=measured.rungs, ladder_measured_on=said)
 

@@ -15,7 +15,7 @@ from edge_agent.model.manifest import Precision
 from edge_agent.model.session import Model, Runtime
 from scripts.prepare_model.errors import ExportFailed
 from scripts.prepare_model.export_graph import ExportGraph
-from scripts.prepare_model.ladder import log_softmax
+from scripts.relay import log_softmax
 
 LARGEST_LOGIT_DIFFERENCE = 2e-2
 """Between logits of the export and of the rewritten graph in float32, whose spread is 3 to 10."""
@@ -45,8 +45,11 @@ def compare(export: ExportGraph, bundle: Path, ids: Sequence[int]) -> tuple[floa
     return worst, len(ids)
 
 
-def report(weights: str, bundle: Path, reference: Path, texts: Sequence[Sequence[int]]) -> Precision:
-    """Perplexity of texts (token ids) under a bundle's graph, beside the float32 one at `reference`."""
+def report(weights: str, bundle: Path, reference: Path, texts: Sequence[Sequence[int]], *, given: int) -> Precision:
+    """Perplexity of texts (token ids) under a bundle's graph, beside the float32 one at `reference`.
+
+    The first `given` tokens of each (the prompt's prefix) are read, but not counted.
+    """
     start = time.perf_counter()
     model = _model(bundle)
     load_s = time.perf_counter() - start
@@ -54,9 +57,9 @@ def report(weights: str, bundle: Path, reference: Path, texts: Sequence[Sequence
     nll = kl = agreeing = 0.0
     tokens = 0
     for ids in texts:
-        ours = _log_likelihoods(model, ids)
-        theirs = ours if exact is model else _log_likelihoods(exact, ids)
-        following = np.asarray(ids[1:])
+        ours = _log_likelihoods(model, ids)[given - 1 :]
+        theirs = ours if exact is model else _log_likelihoods(exact, ids)[given - 1 :]
+        following = np.asarray(ids[given:])
         nll -= float(ours[np.arange(len(following)), following].sum())
         kl += float((np.exp(theirs) * (theirs - ours)).sum())
         agreeing += int((ours.argmax(-1) == theirs.argmax(-1)).sum())

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from edge_agent.kv.cache import Cache, Layer
 from edge_agent.kv.payload import Header, Shape, pack_ids
+from edge_agent.kv.profile import Profile
 from edge_agent.kv.reader import Expectation
 from edge_agent.kv.recipe import Recipe
 
@@ -34,20 +35,21 @@ def made_up(
     )
 
 
-def header_for(cache: Cache, rung: Recipe, *, own: int = 0, slice_tokens: int | None = None) -> Header:
+def header_for(
+    cache: Cache, rung: Recipe, *, own: int = 0, slice_tokens: int | None = None, profile: Profile | None = None
+) -> Header:
     """A header under which `cache` can be sent, its first `own` tokens as ids."""
     heads, tokens, dim = cache.layers[0].keys.shape
+    layout = rung.layout(len(cache.layers), profile, cache)
     return Header(
         fingerprint=FINGERPRINT,
         tokenizer=TOKENIZER,
         weight_precision="fp32",
         context_id=CONTEXT,
         prefix=PREFIX,
-        shape=Shape(
-            layers=len(cache.layers), kv_heads=heads, head_dim=dim, sent_layers=tuple(range(len(cache.layers)))
-        ),
+        shape=Shape(layers=len(cache.layers), kv_heads=heads, head_dim=dim, sent_layers=layout.layers),
         codec=rung.codec,
-        bits=rung.bits,
+        widths=layout.widths,
         rung=rung.name,
         slice_tokens=slice_tokens or rung.slice_tokens,
         tokens=tokens,

@@ -10,7 +10,10 @@ import pytest
 
 from broker_config import topics
 from broker_config.messages import AnswerOrder, AnswerOutcome, AnswerPiece, CancelOrder
+from edge_agent.facts import Extractor, merged, summary, within
+from edge_agent.kv.recipe import recipe
 from edge_agent.memory import Held
+from scripts import relay
 from tests.edge_agent.agents import (
     NORTH,
     SOUTH,
@@ -92,6 +95,42 @@ async def test_the_answer_is_the_one_of_the_model_alone(site: Site) -> None:
     said = [so_far async for _, _, so_far in engine.generate(live, logits, max_new_tokens=12)]
     assert outcome.answer == said[-1].answer
     assert outcome.answer
+
+
+async def from_the_payload(site: Site, *numbers: int, rung: str, facts_tokens: int = 0) -> tuple[AnswerOutcome, str]:
+    """The outcome of a question whose caches come at a rung, with facts; and what the model alone says to the same."""
+    parts = [part_of(held(site, number), SENDER, rung=rung) for number in numbers]
+    order = answer_order(*parts, max_new_tokens=12)
+    await site.order(SENDER, *(order_for(part, order, RECEIVER, facts_tokens=facts_tokens) for part in parts))
+    outcome = await site.answer(RECEIVER, order)
+    engine, manifest = receiver(site).engine, receiver(site).engine.model.manifest
+    live, told = engine.after_prefix(), []
+    for number in numbers:
+        cache = site.agents[SENDER].store.cache(held(site, number).context_id)
+        assert cache is not None
+        header, back = relay.received(manifest, relay.sent(manifest, cache, recipe(rung)))
+        live.append(back, tokens=header.tokens)
+        facts = Extractor(spacy_model=None).extract((NORTH, SOUTH)[number])
+        told.append(within(facts, facts_tokens, lambda line: len(engine.text.facts_ids(line))))
+    asked = [*engine.text.facts_ids(summary(merged(told))), *engine.text.question_ids(order.question)]
+    logits = live.prefill(asked)
+    said = [so_far async for _, _, so_far in engine.generate(live, logits, max_new_tokens=12)]
+    return outcome, said[-1].answer
+
+
+async def test_a_receiver_attends_to_nothing_in_layers_that_were_not_sent(site: Site) -> None:
+    outcome, alone = await from_the_payload(site, 0, 1, rung="fp16-l50")
+    assert outcome.state == "answered", outcome.reason
+    assert outcome.answer == alone
+    assert outcome.context_tokens == len(held(site, 0).ids) + len(held(site, 1).ids)
+    assert [part.fallback for part in outcome.parts] == ["", ""]
+
+
+async def test_facts_stand_between_the_contexts_and_the_question(site: Site) -> None:
+    outcome, alone = await from_the_payload(site, 0, 1, rung="float32", facts_tokens=24)
+    assert outcome.answer == alone
+    without, _ = await from_the_payload(site, 0, 1, rung="float32")
+    assert outcome.answer != without.answer
 
 
 async def test_contexts_stand_in_the_order_of_the_request(site: Site) -> None:

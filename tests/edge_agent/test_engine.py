@@ -93,7 +93,7 @@ async def test_a_prefilled_context_joined_again_goes_on_like_running_text(engine
     assert cache.entries == len(ids)
     assert seconds > 0
     assert engine.meter.speed != before
-    logits, _ = await engine.first_token(await engine.join([cache]), question)
+    logits, _ = await engine.first_token(await engine.join([(cache, cache.entries)]), question)
     text = engine.after_prefix()
     text.prefill(ids)
     assert np.abs(logits - text.prefill(question)).max() < 1e-4

@@ -179,7 +179,7 @@ class Bench:
         made = recipe(rung)
         ids = self.ids[holder]
         header = payload_header(self.manifest, self.text.context_id(ids), ids, own_tokens=own, rung=made)
-        data = b"".join(encode(header, self.caches[holder], made))
+        data = b"".join(encode(header, self.caches[holder]))
         back, cache = decode(data, expectation(self.manifest, 1 << 30))
         assert cache is not None
         return back.ids(), cache

@@ -13,10 +13,13 @@ import pytest
 from broker_config.errors import TransferCancelled, TransferError, TransferExpired
 from broker_config.messages import Abort, CancelOrder, Open, SendOrder
 from broker_config.transfer import Inbox
+from edge_agent.facts import summary
 from edge_agent.kv.cache import Cache
 from edge_agent.kv.reader import decode
+from edge_agent.kv.recipe import recipe
 from edge_agent.memory import Held
 from edge_agent.model.exchange import expectation
+from tests import tiny
 from tests.edge_agent.agents import NORTH, SOUTH, Site, queued, running_site, send_order
 from tests.edge_agent.caches import equal
 
@@ -83,6 +86,45 @@ async def test_what_is_ordered_arrives_and_ends_once(site: Site, inbox: Inbox, r
     outcome = await site.send_outcome(order)
     assert outcome.payload_bytes == len(payload) < outcome.wire_bytes
     assert await the_one_end(site, order, "delivered") == ""
+
+
+async def test_the_papers_recipe_sends_its_layers_at_its_widths(site: Site, inbox: Inbox) -> None:
+    context, rung = held(site), recipe("qkvcomm-6")
+    manifest = site.agents["pi-1"].engine.model.manifest
+    layout = rung.layout(tiny.LAYERS, manifest.profile, cached(site))
+    order = send_order(context, RECEIVER, rung=rung.name)
+    incoming = inbox.expect(order.transfer)
+    await site.order("pi-1", order)
+    header, cache = decode(await incoming.payload(20), expectation(manifest, 1 << 30))
+    assert (header.shape.sent_layers, header.widths) == (layout.layers, layout.widths)
+    assert len(layout.layers) == 2
+    assert cache is not None
+    for index, layer in enumerate(cache.layers):
+        assert layer.entries == (len(context.ids) if index in layout.layers else 0)
+    assert await the_one_end(site, order, "delivered") == ""
+
+
+@pytest.mark.parametrize("own", [0, 7])
+async def test_facts_go_beside_a_cache_within_their_budget(site: Site, inbox: Inbox, own: int) -> None:
+    text = site.agents["pi-1"].engine.text
+    order = send_order(held(site), RECEIVER, facts_tokens=40, own_tokens=own)
+    incoming = inbox.expect(order.transfer)
+    await site.order("pi-1", order)
+    payload = await incoming.payload(20)
+    facts = decode(payload, expectation(site.agents["pi-1"].engine.model.manifest, 1 << 30))[0].facts
+    assert facts
+    assert len(text.facts_ids(summary(facts))) <= 40
+    assert all(" ".join(NORTH[fact.start : fact.end].split()) == fact.content for fact in facts)
+    assert (await site.send_outcome(order)).payload_bytes == len(payload)
+
+
+async def test_no_facts_go_beside_a_text(site: Site, inbox: Inbox) -> None:
+    context = held(site)
+    order = send_order(context, RECEIVER, facts_tokens=40, own_tokens=len(context.ids))
+    incoming = inbox.expect(order.transfer)
+    await site.order("pi-1", order)
+    payload = await incoming.payload(20)
+    assert not decode(payload, expectation(site.agents["pi-1"].engine.model.manifest, 1 << 30))[0].facts
 
 
 async def test_a_cache_that_is_not_in_memory_is_made_again(site: Site, inbox: Inbox) -> None:

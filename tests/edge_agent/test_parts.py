@@ -16,7 +16,7 @@ from broker_config.errors import TransferError
 from broker_config.messages import AnswerOrder, AnswerOutcome, Part, SendOutcome, TextReply, new_id
 from broker_config.transfer import send
 from edge_agent.kv.cache import Cache
-from edge_agent.kv.payload import Header, Shape, encode
+from edge_agent.kv.payload import FORMAT_VERSION, Header, Shape, encode
 from edge_agent.kv.recipe import recipe
 from edge_agent.memory import Held
 from edge_agent.model.exchange import payload_header
@@ -114,7 +114,7 @@ def header(site: Site, rung: str = "float32", *, own: int = 0) -> Header:
 def payload(site: Site, **changes: object) -> bytes:
     """The right payload, but for what is changed in its header."""
     made = msgspec.structs.replace(header(site), **changes)
-    return b"".join(encode(made, cached(site), recipe("float32")))
+    return b"".join(encode(made, cached(site)))
 
 
 def _flipped(site: Site) -> bytes:
@@ -132,7 +132,7 @@ def _noise(site: Site) -> bytes:
 
 
 def _other_version(site: Site) -> bytes:
-    return payload(site, format_version=2)
+    return payload(site, format_version=FORMAT_VERSION + 1)
 
 
 def _other_context(site: Site) -> bytes:
@@ -175,7 +175,7 @@ def _other_text(site: Site) -> bytes:
     context, manifest = held(site), site.agents["pi-1"].engine.model.manifest
     ids = context.ids[::-1]
     made = payload_header(manifest, context.context_id, ids, own_tokens=len(ids), rung=recipe("float32"))
-    return b"".join(encode(made, None, recipe("float32")))
+    return b"".join(encode(made, None))
 
 
 @pytest.mark.parametrize(

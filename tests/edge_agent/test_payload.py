@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_agent.errors import CacheInvalid, PayloadRejected, RecipeInvalid, WrongModel
-from edge_agent.kv.cache import Cache, Layer
-from edge_agent.kv.payload import MAGIC, encode
+from edge_agent.facts import Fact
+from edge_agent.kv.cache import Cache, Layer, concatenate
+from edge_agent.kv.payload import FORMAT_VERSION, MAGIC, encode
 from edge_agent.kv.reader import PayloadReader, decode
 from edge_agent.kv.recipe import FIRST_LADDER, recipe
 from tests.edge_agent.caches import equal, expectation_for, header_for, made_up, shapes
@@ -22,9 +23,9 @@ from tests.edge_agent.caches import equal, expectation_for, header_for, made_up,
 names = st.sampled_from([rung.name for rung in FIRST_LADDER] + ["q1", "q3", "q5"])
 
 
-def payload(cache: Cache, name: str = "q8", **options: int) -> bytes:
-    rung = recipe(name)
-    return b"".join(encode(header_for(cache, rung, **options), cache, rung))
+def payload(cache: Cache, name: str = "q8", *, own: int = 0, slice_tokens: int | None = None) -> bytes:
+    header = header_for(cache, recipe(name), own=own, slice_tokens=slice_tokens)
+    return b"".join(encode(header, cache))
 
 
 @given(shapes, st.integers(1, 7), st.data())
@@ -45,7 +46,7 @@ def test_the_size_is_known_before_anything_is_coded(shape: dict[str, int], name:
     cache = made_up(**shape)
     rung = recipe(name)
     header = header_for(cache, rung, slice_tokens=slice_tokens)
-    assert header.payload_bytes() == len(b"".join(encode(header, cache, rung)))
+    assert header.payload_bytes() == len(b"".join(encode(header, cache)))
 
 
 @given(shapes, names, st.data())
@@ -136,9 +137,12 @@ def test_what_does_not_fit_the_receiver_is_refused_by_field(field: str, change: 
 @pytest.mark.parametrize(
     ("field", "change"),
     [
-        ("format_version", {"format_version": 2}),
-        ("bits", {"bits": 9}),
-        ("bits", {"codec": "fp16", "bits": 32}),
+        ("format_version", {"format_version": FORMAT_VERSION + 1}),
+        ("header", {"widths": [9]}),
+        ("widths", {"widths": [8]}),
+        ("widths", {"codec": "fp16"}),
+        ("header", {"facts": [{"type": "keyword", "content": "a", "confidence": 2.0, "start": 0, "end": 1}]}),
+        ("header", {"facts": [{"type": "spell", "content": "a", "confidence": 1.0, "start": 0, "end": 1}]}),
         ("header", {"codec": "pickle"}),
         ("transform", {"transform": "klt-1"}),
         ("header", {"tokens": -1}),
@@ -189,7 +193,7 @@ def test_a_layer_that_is_not_sent_has_no_entries_at_the_receiver() -> None:
     cache, rung = made_up(layers=3), recipe("float32")
     header = header_for(cache, rung)
     header = msgspec.structs.replace(header, shape=msgspec.structs.replace(header.shape, sent_layers=(0, 2)))
-    back = decode(b"".join(encode(header, cache, rung)), expectation_for(cache))[1]
+    back = decode(b"".join(encode(header, cache)), expectation_for(cache))[1]
     assert back is not None
     assert [layer.entries for layer in back.layers] == [5, 0, 5]
     assert equal(Cache((back.layers[0], back.layers[2])), Cache((cache.layers[0], cache.layers[2])))
@@ -200,3 +204,50 @@ def test_a_layer_that_is_not_sent_has_no_entries_at_the_receiver() -> None:
 def test_an_unknown_rung_is_refused(name: str) -> None:
     with pytest.raises(RecipeInvalid):
         recipe(name)
+
+
+@given(shapes, st.data(), st.integers(1, 7))
+def test_any_layers_at_any_widths_come_back_as_each_would_alone(
+    shape: dict[str, int], data: st.DataObject, slice_tokens: int
+) -> None:
+    cache = made_up(**shape)
+    sent = data.draw(st.sets(st.integers(0, shape["layers"] - 1)).map(sorted))
+    widths = data.draw(st.tuples(*[st.integers(1, 8)] * len(sent)))
+    uniform = header_for(cache, recipe("q8"), slice_tokens=slice_tokens)
+    header = msgspec.structs.replace(
+        uniform, shape=msgspec.structs.replace(uniform.shape, sent_layers=tuple(sent)), widths=widths
+    )
+    whole = b"".join(encode(header, cache))
+    assert len(whole) == header.payload_bytes()
+    back = decode(whole, expectation_for(cache))[1]
+    assert back is not None
+    for index, layer in enumerate(back.layers):
+        if index not in sent:
+            assert not layer.entries
+            continue
+        alone = decode(
+            payload(cache, f"q{widths[sent.index(index)]}", slice_tokens=slice_tokens), expectation_for(cache)
+        )
+        assert alone[1] is not None
+        assert np.array_equal(layer.keys, alone[1].layers[index].keys)
+        assert np.array_equal(layer.values, alone[1].layers[index].values)
+
+
+def test_facts_travel_in_the_header() -> None:
+    cache = made_up()
+    facts = (Fact(type="quantity", content="214 metres", confidence=0.8, start=4, end=14, detail="metres"),)
+    header = msgspec.structs.replace(header_for(cache, recipe("q4")), facts=facts)
+    whole = b"".join(encode(header, cache))
+    assert len(whole) == header.payload_bytes()
+    assert decode(whole, expectation_for(cache))[0].facts == facts
+
+
+def test_the_attention_of_a_cache_is_kept_with_its_parts_and_is_not_sent() -> None:
+    cache = made_up(entries=6)
+    mass = np.arange(12, dtype=np.float32).reshape(2, 6)
+    kept = Cache(tuple(Layer(each.keys, each.values, each.positions, mass) for each in cache.layers))
+    joined = concatenate([kept.between(0, 2), kept.between(2, 6)])
+    assert all(each.mass is not None and np.array_equal(each.mass, mass) for each in joined.layers)
+    assert concatenate([kept.between(0, 2), cache.between(2, 6)]).layers[0].mass is None
+    assert payload(kept) == payload(cache)
+    assert kept.nbytes == cache.nbytes + len(cache.layers) * mass.nbytes

@@ -98,7 +98,7 @@ def test_a_relay_on_the_lossless_rung_gives_the_very_tokens_of_text_prefill(
     manifest, rung = model(family=family, weights=weights).manifest, recipe("float32")
     header = payload_header(manifest, "0" * 32, ids[8:], own_tokens=0, rung=rung)
     sent = sender.extract(8, sender.next_position)
-    received = decode(b"".join(encode(header, sent, rung)), expectation(manifest, 1 << 30))[1]
+    received = decode(b"".join(encode(header, sent)), expectation(manifest, 1 << 30))[1]
     assert received is not None
     receiver.append(received)
     assert _answer(receiver) == _answer(sender)

@@ -152,7 +152,9 @@ def write_manifest(bundle: Path, architecture: Architecture, weights: str) -> No
         window_tokens=architecture.window_tokens,
         rotary=architecture.rotary,
         eos_ids=architecture.eos_ids,
-        prompt=Prompt(version=1, prefix="", prefix_ids=(1,), context_format="", question_format="", stop=()),
+        prompt=Prompt(
+            version=1, prefix="", prefix_ids=(1,), context_format="", facts_format="", question_format="", stop=()
+        ),
         ladder=(),
         ladder_measured_on="nothing",
         files=files,

@@ -1,0 +1,54 @@
+"""Calibration passages with a question each and the uncompressed run's answer: what losses are measured along."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from edge_agent.model.session import Model, Runtime
+from edge_agent.model.text import Text
+from scripts import relay
+
+QUESTIONS = (
+    "What is this passage about?",
+    "What happened?",
+    "Which number is given?",
+    "Who or what is named first?",
+    "When or where was this?",
+    "Why?",
+)
+MAX_PASSAGE_TOKENS = 256
+MAX_ANSWER_POSITIONS = 16
+# Share of the window that a calibration passage may take, for models with a small one.
+_WINDOW_SHARE = 0.5
+
+
+class Answered:
+    """Passages under a bundle's graph, a reference for each as it is asked for. threads: 0 is one per core."""
+
+    def __init__(self, bundle: Path, passages: Sequence[str], *, threads: int = 0) -> None:
+        self.model = Model(bundle, Runtime(threads=threads or os.cpu_count() or 1))
+        self.manifest = self.model.manifest
+        self.prefix = relay.after_prefix(self.model)
+        self._text = Text(bundle, self.manifest)
+        self._passages = tuple(passages)
+
+    def __len__(self) -> int:
+        return len(self._passages)
+
+    def __iter__(self) -> Iterator[relay.Reference]:
+        for index, passage in enumerate(self._passages):
+            cache = relay.read_context(self.prefix, self._fitting(passage))
+            question = self._text.question_ids(QUESTIONS[index % len(QUESTIONS)])
+            yield relay.uncompressed(self.model, self._text, self.prefix, cache, question, most=MAX_ANSWER_POSITIONS)
+
+    def _fitting(self, passage: str) -> list[int]:
+        """Ids of a passage as a context, whole words of it, as many as fit."""
+        room = int(self.manifest.window_tokens * _WINDOW_SHARE) - self.prefix.entries
+        most = max(8, min(MAX_PASSAGE_TOKENS, room))
+        ids = self._text.context_ids(passage)
+        while len(ids) > most and len(words := passage.split()) > 1:
+            passage = " ".join(words[: min(len(words) - 1, len(words) * most // len(ids))])
+            ids = self._text.context_ids(passage)
+        return ids[:most]
