@@ -11,6 +11,7 @@ import pytest
 from broker_config import errors as bus
 from coordinator import errors as coordinator
 from edge_agent import errors as agent
+from scripts.evaluate import errors as evaluation
 from scripts.link import errors as link
 from scripts.prepare_model import errors as preparation
 
@@ -18,6 +19,7 @@ ROOTS: dict[ModuleType, type[Exception]] = {
     bus: bus.BusError,
     agent: agent.AgentError,
     coordinator: coordinator.CoordinatorError,
+    evaluation: evaluation.EvaluationError,
     link: link.LinkError,
     preparation: preparation.PreparationError,
 }

@@ -1,0 +1,54 @@
+"""Methods: what a receiver is given of the context. A name is `text`, `none` or a recipe's, maybe with `+facts`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edge_agent.errors import RecipeInvalid
+from edge_agent.kv.recipe import Recipe, recipe
+from scripts.evaluate.errors import MethodUnknown
+
+TEXT, NONE = "text", "none"
+FACTS = "+facts"
+PAPER = tuple(f"qkvcomm-{target}{facts}" for target in (4, 6, 8) for facts in ("", FACTS))
+DEFAULT_METHODS = (
+    TEXT,
+    NONE,
+    f"{NONE}{FACTS}",
+    *(f"{name}{facts}" for name in ("fp16", "q8", "q6", "q4") for facts in ("", FACTS)),
+    "q4-whole",
+    "mix6-whole",
+    "mix4-whole",
+    "fp16-l70",
+    "fp16-k70",
+    *PAPER,
+    *(f"klmix{target}-k70-whole" for target in (4, 6, 8)),
+)
+"""The paper's pipeline and its parts one by one, with our choice of layers, its baselines, and what facts add."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """recipe: None for text and none. facts: they stand before the question."""
+
+    name: str
+    recipe: Recipe | None
+    facts: bool
+
+    @property
+    def text(self) -> bool:
+        """Whether the receiver reads the context itself."""
+        return self.name.removesuffix(FACTS) == TEXT
+
+
+def method(name: str) -> Method:
+    """The method of a name. Raises MethodUnknown."""
+    what = name.removesuffix(FACTS)
+    if what in {TEXT, NONE}:
+        return Method(name, None, name != what)
+    try:
+        return Method(name, recipe(what), name != what)
+    except RecipeInvalid as error:
+        raise MethodUnknown(
+            f"{name}: {error}; besides these, {TEXT} and {NONE}, each with {FACTS} or without"
+        ) from None

@@ -1,0 +1,237 @@
+"""Rate against quality as a picture: what each method loses for the bits it sends."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+
+from scripts.evaluate.errors import EvaluationError
+from scripts.evaluate.method import FACTS, NONE, TEXT
+from scripts.evaluate.summary import Row
+from scripts.prepare_model.errors import DiskFull, is_disk_full
+
+_BASELINES: dict[str, Any] = {TEXT: "-.", NONE: ":", NONE + FACTS: (0, (5, 2, 1, 2, 1, 2))}
+_PANELS = (("kl", "KL, nats (10⁻⁵ is that or less)", 1.0), ("agreement", "agreement", 1.0), ("f1", "F1, %", 100.0))
+# A logarithmic axis has no 0: what is nearer to it, as an exact cache, stands here.
+_LEAST_KL = 1e-5
+_EXACT = "exact"
+_COLOURS = {"q*": "#E69F00", "mix*": "#009E73", "qkvcomm-*": "#D55E00", _EXACT: "#222222"}
+# Okabe and Ito's palette, which stays apart under the common forms of colour blindness; the first four stand above.
+_FURTHER = ("#0072B2", "#CC79A7", "#56B4E9", "#7A6A00", "#5B3FA0", "#777777")
+_MARKERS = ("s", "D", "^", "o", "v", "P", "X", "<", ">", "h")
+_BITS = (0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+# Where a label may stand beside its marker, in points, best first: x, y, horizontal and vertical alignment.
+_PLACES = tuple(
+    (x * far, y * far, {1: "left", 0: "center", -1: "right"}[x], {1: "bottom", 0: "center", -1: "top"}[y])
+    for far in (4, 9, 15, 22, 30, 40, 50, 60)
+    for x, y in ((1, 1), (-1, -1), (1, -1), (-1, 1), (0, 1), (0, -1), (1, 0), (-1, 0))
+)
+
+
+class _Style(Struct, frozen=True):
+    colour: str
+    marker: str
+
+
+class _Point(Struct, frozen=True):
+    """A method in a panel: x in bits an element, y with its interval in the panel's unit."""
+
+    method: str
+    x: float
+    y: float
+    low: float
+    high: float
+
+
+def rate_quality(rows: Sequence[Row], path: Path) -> None:
+    """A column for each data set; KL, agreement and F1 over bits per element; the file's ending says its format.
+
+    Methods of a family are joined by a line, dashed and hollow with facts; those that send no cache are levels.
+    Raises EvaluationError if there is nothing to draw or the file can't be written.
+    """
+    datasets = list(dict.fromkeys(row.dataset for row in rows))
+    if not datasets:
+        raise EvaluationError("there are no results to draw")
+    import matplotlib as mpl  # noqa: PLC0415  heavy, and only for this
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt  # noqa: PLC0415
+
+    figure, axes = plt.subplots(
+        len(_PANELS),
+        len(datasets),
+        figsize=(1.4 + 4.6 * len(datasets), 12.5),
+        height_ratios=(1.4, 1.2, 1),
+        layout="constrained",
+        sharex="col",
+        squeeze=False,
+    )
+    styles = _styles(rows)
+    try:
+        for column, dataset in enumerate(datasets):
+            own = [row for row in rows if row.dataset == dataset]
+            axes[0][column].set_title(f"{dataset}, {own[0].items} items", fontsize=10, loc="left")
+            axes[-1][column].set_xlabel("bits per element", fontsize=9)
+            for panel, (metric, title, scale) in zip(axes[:, column], _PANELS, strict=True):
+                panel.set_ylabel(title if column == 0 else "", fontsize=9)
+                _draw(panel, own, styles, metric, scale)
+        _legend(figure, rows, styles)
+        figure.draw_without_rendering()
+        for panels, (metric, _, scale) in zip(axes, _PANELS, strict=True):
+            for panel, dataset in zip(panels, datasets, strict=True):
+                if metric != "f1":  # its intervals leave no room for names, and the markers are those above
+                    _label(panel, list(_points([row for row in rows if row.dataset == dataset], metric, scale)), styles)
+        figure.savefig(path, dpi=130)
+    except (OSError, ValueError) as error:
+        if is_disk_full(error):
+            raise EvaluationError(str(DiskFull(str(path), path.parent))) from None
+        why = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        raise EvaluationError(f"{path} can't be written ({why})") from None
+    finally:
+        plt.close(figure)
+
+
+def family(method: str) -> str:
+    """What a method's curve is: its name with * for its first number and without facts, `q6-l70` → `q*-l70`."""
+    name = method.removesuffix(FACTS)
+    if name in {"fp16", "float32"}:
+        return _EXACT
+    return name if name.startswith(("fp16", "float32")) else re.sub(r"\d+(\.\d+)?", "*", name, count=1)
+
+
+def _is_level(method: str) -> bool:
+    """Whether no cache is sent, so that the method has no place on the axis of bits."""
+    return method.removesuffix(FACTS) in _BASELINES
+
+
+def _styles(rows: Sequence[Row]) -> dict[str, _Style]:
+    names = list(dict.fromkeys(family(row.method) for row in rows if not _is_level(row.method)))
+    names.sort(key=lambda name: name not in _COLOURS)
+    further, markers = cycle(_FURTHER), cycle(_MARKERS)
+    return {name: _Style(_COLOURS.get(name) or next(further), next(markers)) for name in names}
+
+
+def _points(rows: Sequence[Row], metric: str, scale: float) -> Iterator[_Point]:
+    least = _LEAST_KL if metric == "kl" else float("-inf")
+    for row in rows:
+        found = getattr(row, metric)
+        if row.bits_per_element is not None and not _is_level(row.method) and found is not None:
+            y, low, high = (max(scale * value, least) for value in (found.mean, found.low, found.high))
+            yield _Point(row.method, row.bits_per_element, y, low, high)
+
+
+def _draw(panel: Any, rows: Sequence[Row], styles: dict[str, _Style], metric: str, scale: float) -> None:
+    points = list(_points(rows, metric, scale))
+    for name, style in styles.items():
+        for facts in (False, True):
+            curve = sorted(
+                (each for each in points if family(each.method) == name and each.method.endswith(FACTS) == facts),
+                key=lambda each: each.x,
+            )
+            panel.errorbar(
+                [each.x for each in curve],
+                [each.y for each in curve],
+                yerr=[[each.y - each.low for each in curve], [each.high - each.y for each in curve]],
+                color=style.colour,
+                marker=style.marker,
+                markersize=5,
+                markerfacecolor="white" if facts else style.colour,
+                linestyle="--" if facts else "-",
+                linewidth=1,
+                elinewidth=0.6,
+                ecolor=(style.colour, 0.55),
+                capsize=2,
+            )
+    levels = []
+    for row in rows:
+        found = getattr(row, metric)
+        if row.method in _BASELINES and found is not None:
+            levels.append(max(found.mean, _LEAST_KL) if metric == "kl" else scale * found.mean)
+            panel.axhline(levels[-1], color="#555555", linewidth=1, linestyle=_BASELINES[row.method])
+    panel.set_xscale("log")
+    if metric == "kl":
+        panel.set_yscale("log")
+    bits = [row.bits_per_element for row in rows if row.bits_per_element is not None] or [1.0, 32.0]
+    low, high = min(bits) / 1.5, max(bits) * 1.5
+    panel.set_xlim(low, high)
+    panel.set_ylim(*_range([y for each in points for y in (each.low, each.high)] + levels, metric))
+    panel.set_xticks([], minor=True)
+    ticks = [each for each in _BITS if low <= each <= high]
+    panel.set_xticks(ticks, [f"{each:g}" for each in ticks])
+    panel.tick_params(labelsize=8)
+    panel.grid(color="#eeeeee", linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _range(values: Sequence[float], metric: str) -> tuple[float, float]:
+    """Limits of an axis around what is drawn on it."""
+    low, high = min(values, default=0.1), max(values, default=1.0)
+    if metric == "kl":
+        return low / 2, high * 2
+    room = 0.06 * (high - low) or 0.05 * abs(high) or 0.05
+    return low - room, high + room
+
+
+def _legend(figure: Any, rows: Sequence[Row], styles: dict[str, _Style]) -> None:
+    from matplotlib.lines import Line2D  # noqa: PLC0415
+
+    handles = [
+        Line2D([], [], color=style.colour, marker=style.marker, markersize=5, linewidth=1, label=name)
+        for name, style in styles.items()
+    ]
+    if any(row.method.endswith(FACTS) and not _is_level(row.method) for row in rows):
+        grey = Line2D([], [], color="#555555", marker="o", markersize=5, linewidth=1, label="with facts")
+        grey.set(markerfacecolor="white", linestyle="--")
+        handles.append(grey)
+    handles += [
+        Line2D([], [], color="#555555", linewidth=1, linestyle=line, label=name)
+        for name, line in _BASELINES.items()
+        if any(row.method == name for row in rows)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+
+
+def _label(panel: Any, points: Sequence[_Point], styles: dict[str, _Style]) -> None:
+    """Names beside markers, covering neither a marker nor a name; a method with facts needs none beside itself."""
+    from matplotlib.patheffects import withStroke  # noqa: PLC0415
+    from matplotlib.text import Text  # noqa: PLC0415
+
+    drawn = {each.method for each in points}
+    renderer, bounds = panel.figure.canvas.get_renderer(), panel.get_window_extent()
+    pixels = panel.transData.transform([(each.x, each.y) for each in points]) if points else []
+    taken: list[tuple[float, ...]] = [(x - 5, y - 5, x + 5, y + 5) for x, y in pixels]
+    for each in sorted(points, key=lambda each: each.x):
+        if each.method.endswith(FACTS) and each.method.removesuffix(FACTS) in drawn:
+            continue
+        for x, y, horizontal, vertical in _PLACES:
+            name = panel.annotate(
+                each.method,
+                (each.x, each.y),
+                (x, y),
+                textcoords="offset points",
+                ha=horizontal,
+                va=vertical,
+                fontsize=7,
+                color=styles[family(each.method)].colour,
+                path_effects=[withStroke(linewidth=1.5, foreground="white")],
+                arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "#999999"} if max(x, y, -x, -y) > 9 else None,
+            )
+            name.update_positions(renderer)
+            box = tuple(Text.get_window_extent(name, renderer).extents)  # without the arrow
+            inside = bounds.x0 <= box[0] and box[2] <= bounds.x1 and bounds.y0 <= box[1] and box[3] <= bounds.y1
+            if inside and not any(_overlap(box, other) for other in taken):
+                taken.append(box)
+                break
+            name.remove()
+        else:
+            panel.annotate(each.method, (each.x, each.y), (4, 4), textcoords="offset points", fontsize=7)
+
+
+def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

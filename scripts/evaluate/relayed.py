@@ -1,0 +1,184 @@
+"""Sender and receiver, two sessions of the real model, and one question asked over each method between them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from edge_agent.errors import AgentError
+from edge_agent.facts import Extractor, Fact, summary, within
+from edge_agent.kv.cache import Cache
+from edge_agent.kv.calibration import Calibration, apply
+from edge_agent.model.session import LiveContext, Model, Runtime
+from edge_agent.model.text import Text
+from scripts import relay
+from scripts.evaluate.errors import ItemUnfit
+from scripts.evaluate.items import Item
+from scripts.evaluate.method import Method
+from scripts.evaluate.records import Record
+from scripts.evaluate.score import completeness, exact_match, token_f1
+
+ANSWER_POSITIONS = 20
+"""Tokens of an answer at most, its end included."""
+FP16_BYTES = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A question with its context at the sender, and the receiver's uncompressed run of it."""
+
+    item: Item
+    ids: list[int]
+    cache: Cache
+    facts: tuple[Fact, ...]
+    reference: relay.Reference
+    _logprobs: dict[tuple[int, ...], float | None] = field(default_factory=dict)
+
+    def logprob(
+        self, answer: Sequence[int], measure: Callable[[LiveContext, int, Sequence[int]], float | None]
+    ) -> float | None:
+        """The answer's mean log-probability in the uncompressed run; many methods give the same answer."""
+        if tuple(answer) not in self._logprobs:
+            self._logprobs[tuple(answer)] = measure(self.reference.live, self.reference.question[-1], answer)
+        return self._logprobs[tuple(answer)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Given:
+    """What the receiver has before facts and question, and what it took to get there."""
+
+    live: LiveContext
+    payload_bytes: int = 0
+    encode_s: float = 0.0
+    decode_s: float = 0.0
+    context_s: float = 0.0
+
+
+class Pair:
+    """The two sessions. With a calibration the receiver is another model, at `receiver`."""
+
+    def __init__(
+        self,
+        bundle: Path,
+        *,
+        receiver: Path | None = None,
+        calibration: Calibration | None = None,
+        facts_tokens: int,
+        spacy_model: str | None,
+        threads: int,
+    ) -> None:
+        runtime = Runtime(threads=threads)
+        self._sender = Model(bundle, runtime)
+        self._receiver = Model(receiver or bundle, runtime)
+        self._sender_text = Text(bundle, self._sender.manifest)
+        self._text = Text(receiver or bundle, self._receiver.manifest)
+        self._calibration = calibration
+        self._facts_tokens = facts_tokens
+        self._extractor = Extractor(spacy_model=spacy_model)
+        self._sender_prefix = relay.after_prefix(self._sender)
+        self._prefix = relay.after_prefix(self._receiver)
+
+    @property
+    def note(self) -> str:
+        """What the extraction of facts had to do without, if anything."""
+        return self._extractor.note
+
+    def case(self, item: Item) -> Case:
+        """Prefill the context and run the receiver uncompressed. Raises ItemUnfit."""
+        try:
+            ids = self._text.context_ids(item.context)
+            question = self._text.question_ids(item.question)
+            self._check_fits(ids, question)
+            cache = relay.read_context(self._sender_prefix, self._sender_text.context_ids(item.context))
+            own = cache if self._calibration is None else relay.read_context(self._prefix, ids)
+            reference = relay.uncompressed(
+                self._receiver, self._text, self._prefix, own, question, most=ANSWER_POSITIONS
+            )
+        except AgentError as error:
+            raise ItemUnfit(str(error)) from None
+        facts = within(self._extractor.extract(item.context), self._facts_tokens, self._facts_length)
+        return Case(item=item, ids=ids, cache=cache, facts=facts, reference=reference)
+
+    def ask(self, case: Case, method: Method) -> Record:
+        """One question over one method; relevance and fidelity, which need embeddings, are left at 0."""
+        given = self._give(case, method)
+        facts_ids = self._text.facts_ids(summary(case.facts)) if method.facts else []
+        asked = [*facts_ids, *case.reference.question]
+        start = time.perf_counter()
+        last = relay.read_question(given.live, asked)
+        answer, said = relay.greedy(given.live, last, self._receiver.manifest, self._text, most=ANSWER_POSITIONS - 1)
+        answer_s = time.perf_counter() - start
+        log_q = relay.along(given.live, last, case.reference.answer)
+        item, reference = case.item, case.reference
+        return Record(
+            item=item.id,
+            dataset=item.dataset,
+            method=method.name,
+            answer=said,
+            exact_match=exact_match(said, item.answers) if item.answers else None,
+            f1=token_f1(said, item.answers) if item.answers else None,
+            completeness=completeness(said, item.answers) if item.answers else None,
+            relevance=0.0,
+            fidelity=0.0,
+            self_f1=token_f1(said, [reference.said]),
+            answer_logprob=case.logprob(answer, self._mean_logprob),
+            gold_logprob=self._mean_logprob(given.live, last, self._gold(item)),
+            kl=float(relay.divergence(reference.log_p, log_q).mean()),
+            agreement=relay.agreeing(reference.log_p, log_q) / reference.positions,
+            positions=reference.positions,
+            context_tokens=case.cache.entries,
+            elements=case.cache.elements if given.payload_bytes else 0,
+            payload_bytes=given.payload_bytes,
+            fp16_bytes=FP16_BYTES * case.cache.elements if given.payload_bytes else 0,
+            facts_tokens=len(facts_ids),
+            encode_s=given.encode_s,
+            decode_s=given.decode_s,
+            context_s=given.context_s,
+            answer_s=answer_s,
+        )
+
+    def _give(self, case: Case, method: Method) -> _Given:
+        start = time.perf_counter()
+        if method.recipe is not None:
+            facts = case.facts if method.facts else ()
+            payload = relay.sent(self._sender.manifest, case.cache, method.recipe, facts=facts)
+            encoded = time.perf_counter()
+            live = self._placed(case, payload)
+            decode_s = time.perf_counter() - encoded
+            return _Given(live, len(payload), encode_s=encoded - start, decode_s=decode_s)
+        live = self._prefix.fork(room=len(case.ids))
+        if method.text:
+            live.prefill(case.ids)
+        return _Given(live, context_s=time.perf_counter() - start if method.text else 0.0)
+
+    def _placed(self, case: Case, payload: bytes) -> LiveContext:
+        """The receiver with the received cache behind its prefix."""
+        cache = relay.received(self._sender.manifest, payload)[1]
+        if self._calibration is not None:
+            cache = apply(cache, self._calibration)
+        return relay.behind(self._prefix, cache, case.cache.entries)
+
+    def _check_fits(self, ids: Sequence[int], question: Sequence[int]) -> None:
+        manifest = self._receiver.manifest
+        tokens = len(manifest.prompt.prefix_ids) + len(ids) + len(question) + self._facts_tokens + ANSWER_POSITIONS
+        if tokens > manifest.window_tokens:
+            raise ItemUnfit(f"{tokens} tokens with question and answer, the model's window is {manifest.window_tokens}")
+
+    def _facts_length(self, line: str) -> int:
+        return len(self._text.facts_ids(line))
+
+    def _gold(self, item: Item) -> list[int]:
+        """Ids of the first reference answer as it would follow `Answer:`."""
+        return self._text.ids(f" {item.answers[0]}") if item.answers else []
+
+    def _mean_logprob(self, live: LiveContext, last: int, answer: Sequence[int]) -> float | None:
+        """Mean log-probability of a token of an answer, nats; None for an empty one."""
+        if not answer:
+            return None
+        answer = answer[: self._receiver.manifest.window_tokens - live.next_position - 1]
+        rows = relay.along(live, last, answer)[:-1]
+        return float(rows[np.arange(len(answer)), list(answer)].mean())

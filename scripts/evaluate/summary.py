@@ -1,0 +1,176 @@
+"""What the records of a run come to: means with bootstrap intervals, sizes, rates. Pure and deterministic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+from scipy.stats import bootstrap
+
+from scripts.evaluate.records import Record
+
+METRICS = (
+    "exact_match",
+    "f1",
+    "completeness",
+    "relevance",
+    "fidelity",
+    "self_f1",
+    "answer_logprob",
+    "gold_logprob",
+    "kl",
+    "agreement",
+)
+CONFIDENCE = 0.95
+RESAMPLES = 2_000
+
+_SEED = 0
+
+
+class Estimate(Struct, frozen=True):
+    """A mean over `count` items and its bootstrap interval of 95 %."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+
+class Row(Struct, frozen=True, kw_only=True):
+    """A method on a data set.
+
+    A metric is None where no item has it; its count says how many have it, and these may differ between methods
+    (there is no log-probability of an empty answer). bits_per_element: of all payloads over all elements sent; None if
+    no elements are sent. ratio_fp16: of all that the caches take in fp16 over all payloads; None without payloads.
+    f1_per_mbit: mean F1 in percent over the mean payload in Mbit. correct_per_s: exact matches over the time from
+    encoding to the last token. encode_s, decode_s, context_s, answer_s: means.
+    """
+
+    dataset: str
+    method: str
+    items: int
+    exact_match: Estimate | None
+    f1: Estimate | None
+    completeness: Estimate | None
+    relevance: Estimate | None
+    fidelity: Estimate | None
+    self_f1: Estimate | None
+    answer_logprob: Estimate | None
+    gold_logprob: Estimate | None
+    kl: Estimate | None
+    agreement: Estimate | None
+    bits_per_element: float | None
+    ratio_fp16: float | None
+    payload_bytes: int
+    saved_bytes: int
+    f1_per_mbit: float | None
+    correct_per_s: float | None
+    encode_s: float
+    decode_s: float
+    context_s: float
+    answer_s: float
+
+
+def rows(records: Sequence[Record], methods: Sequence[str]) -> tuple[Row, ...]:
+    """A row for each data set, in order of appearance, and each method that was run on it, in the order of `methods`.
+
+    Only items that all of these methods have done are counted, so that rows of a data set compare like with like.
+    """
+    found = []
+    for dataset in dict.fromkeys(record.dataset for record in records):
+        by_method: dict[str, dict[str, Record]] = {method: {} for method in methods}
+        for record in records:
+            if record.dataset == dataset and record.method in by_method:
+                by_method[record.method][record.item] = record
+        done = [by_item for by_item in by_method.values() if by_item]
+        shared = set.intersection(*map(set, done)) if done else set()
+        for method, by_item in by_method.items():
+            counted = [record for item, record in by_item.items() if item in shared]
+            if counted:
+                found.append(_row(dataset, method, counted))
+    return tuple(found)
+
+
+def paired(records: Iterable[Record], metric: str, method: str, baseline: str) -> Estimate:
+    """The mean difference of a metric, method less baseline, over the items for which both have it.
+
+    Raises ValueError if there is no such item.
+    """
+    values: dict[str, dict[tuple[str, str], float]] = {method: {}, baseline: {}}
+    for record in records:
+        value = getattr(record, metric)
+        if record.method in values and value is not None:
+            values[record.method][record.dataset, record.item] = value
+    differences = [value - values[baseline][key] for key, value in values[method].items() if key in values[baseline]]
+    if not differences:
+        raise ValueError(f"no item has {metric} under both {method} and {baseline}")
+    return estimate(differences)
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """The mean of at least one value, with its interval (percentile bootstrap, always the same resamples).
+
+    Of one value, or of equal ones, the interval is the value itself.
+    """
+    data: NDArray[np.float64] = np.asarray(values, np.float64)
+    mean = float(data.mean())
+    if np.ptp(data) == 0:
+        return Estimate(float(data[0]), float(data[0]), float(data[0]), len(data))
+    interval: Any = bootstrap(
+        (data,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        vectorized=True,
+        rng=np.random.default_rng(_SEED),
+    ).confidence_interval
+    # Of few values all resamples may lie to one side of the mean by a rounding error.
+    return Estimate(mean, min(float(interval.low), mean), max(float(interval.high), mean), len(data))
+
+
+def _row(dataset: str, method: str, records: Sequence[Record]) -> Row:
+    payload = sum(record.payload_bytes for record in records)
+    elements = sum(record.elements for record in records)
+    fp16 = sum(record.fp16_bytes for record in records)
+    scored = [record for record in records if record.exact_match is not None]
+    seconds = sum(record.encode_s + record.decode_s + record.context_s + record.answer_s for record in scored)
+    metrics = {metric: _metric(records, metric) for metric in METRICS}
+    f1, mbit = metrics["f1"], payload * 8e-6 / len(records)
+    return Row(
+        dataset=dataset,
+        method=method,
+        items=len(records),
+        exact_match=metrics["exact_match"],
+        f1=f1,
+        completeness=metrics["completeness"],
+        relevance=metrics["relevance"],
+        fidelity=metrics["fidelity"],
+        self_f1=metrics["self_f1"],
+        answer_logprob=metrics["answer_logprob"],
+        gold_logprob=metrics["gold_logprob"],
+        kl=metrics["kl"],
+        agreement=metrics["agreement"],
+        bits_per_element=8 * payload / elements if elements else None,
+        ratio_fp16=fp16 / payload if payload else None,
+        payload_bytes=payload,
+        saved_bytes=fp16 - payload,
+        f1_per_mbit=100 * f1.mean / mbit if f1 is not None and payload else None,
+        correct_per_s=sum(record.exact_match or 0.0 for record in scored) / seconds if seconds > 0 else None,
+        encode_s=_mean(record.encode_s for record in records),
+        decode_s=_mean(record.decode_s for record in records),
+        context_s=_mean(record.context_s for record in records),
+        answer_s=_mean(record.answer_s for record in records),
+    )
+
+
+def _metric(records: Sequence[Record], metric: str) -> Estimate | None:
+    values = [value for record in records if (value := getattr(record, metric)) is not None]
+    return estimate(values) if values else None
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
