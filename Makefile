@@ -12,6 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
+DATA ?=
 
 .DEFAULT_GOAL := help
 
@@ -59,6 +60,11 @@ check: $(STAMP)  ## Check style and types.
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+
+.PHONY: evaluate
+evaluate: $(STAMP)  ## Ask the model questions over every way of compressing (slow). DATA='FILE ...', else its own 25.
+	$(BIN)/python -m scripts.prepare_model
+	$(BIN)/python -m scripts.evaluate $(DATA) $(ARGS)
 
 .PHONY: bench
 bench: $(STAMP)  ## Measure codec, bus and links on this machine; tables under build/bench/.

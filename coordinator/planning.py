@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
+
+import msgspec
 
 from broker_config.messages import Ask
 from broker_config.messages.base import COORDINATOR
@@ -50,7 +51,7 @@ def plan_round(
     if remote:
         scenario = build_scenario(
             fleet,
-            [replace(PlanRequest.of(ask), sources=remote)],
+            [PlanRequest.of(msgspec.structs.replace(ask, sources=remote))],
             settings.site_channels(),
             airtime_free(fleet, settings, running),
             now_s,

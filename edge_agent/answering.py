@@ -53,9 +53,13 @@ class Answering:
         answer.progress = [Progress(part) for part in order.parts]
         fetched = await gather_or_cancel([self._parts.fetch(order, progress) for progress in answer.progress])
         answer.context_tokens = sum(each.tokens for each in fetched)
-        facts = summary(merged([each.facts for each in fetched]))
-        question_ids = [*self._engine.text.facts_ids(facts), *question_ids]
-        self._check_room(order, len(question_ids))
+        facts_ids = self._engine.text.facts_ids(summary(merged([each.facts for each in fetched])))
+        with_facts = [*facts_ids, *question_ids]
+        try:
+            self._check_room(order, len(with_facts))
+            question_ids = with_facts
+        except ContextTooLong:
+            log.warning("%s: %d tokens of facts do not fit and are left out", order.request, len(facts_ids))
         live = await self._engine.join([(each.cache, each.tokens) for each in fetched])
         del fetched
         waiting = time.perf_counter()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import OrderedDict
 
 from edge_agent.facts import Extractor, Fact, within
-from edge_agent.kv.payload import MAX_FACTS
 from edge_agent.memory import Held
 from edge_agent.model.text import Text
+
+log = logging.getLogger(__name__)
 
 KEPT_CONTEXTS = 64
 
@@ -26,12 +28,16 @@ class ContextFacts:
             return ()
         facts = self._kept.get(held.context_id)
         if facts is None:
-            facts = await asyncio.to_thread(self._extract, held)
+            try:
+                facts = await asyncio.to_thread(self._extract, held)
+            except Exception:  # whatever a library raises costs the facts, not the transfer
+                log.exception("no facts of %s", held.name)
+                facts = ()
         self._kept[held.context_id] = facts
         self._kept.move_to_end(held.context_id)
         while len(self._kept) > KEPT_CONTEXTS:
             self._kept.popitem(last=False)
-        return within(facts[:MAX_FACTS], budget_tokens, self._tokens)
+        return await asyncio.to_thread(within, facts, budget_tokens, self._tokens)
 
     def _extract(self, held: Held) -> tuple[Fact, ...]:
         return self._extractor.extract(self._text.context_text(list(held.ids)))

@@ -102,7 +102,7 @@ class Outgoing:
                 rate_bps=order.rate_bps,
                 expires_s=max(0.0, round(deadline_s - clock(), 3)),
             )
-        self._engine.meter.encode(cache.elements if cache else 0, job.encode_s)
+        self._engine.meter.encode(header.decoded_bytes() // 4, job.encode_s)
         self._link.sent(sent.wire_bytes, sent.transfer_s)
         return sent
 

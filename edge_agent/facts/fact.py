@@ -34,10 +34,12 @@ FactType = Literal[
 # The confidence that most kinds of fact share, see above.
 VALUED = 0.7
 MAX_CONTENT_CHARACTERS = 256
+MAX_FACTS = 256
+"""Of one text that are sent."""
 _LOOSE = " \t\n\r\f\v\"'`“”‘’«»,;:!?*#|"
 
 
-class Fact(msgspec.Struct, frozen=True, kw_only=True):
+class Fact(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """A piece of a text, as it stands there but for its white space.
 
     content: one line. confidence: 0-1, see above. start, end: characters of the source text, such that

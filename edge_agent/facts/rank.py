@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 
-from edge_agent.facts.fact import Fact
+from edge_agent.facts.fact import MAX_FACTS, Fact
 
 SEPARATOR = "; "
 # After so many facts in a row that did not fit, the few tokens that are left are not worth more counting.
@@ -33,14 +33,15 @@ def ranked(facts: Iterable[Fact]) -> tuple[Fact, ...]:
 
 
 def within(facts: Sequence[Fact], budget_tokens: int, count: Callable[[str], int]) -> tuple[Fact, ...]:
-    """The best of ranked facts of one text whose summary is at most budget_tokens long, in the order of the text.
+    """The best of ranked facts of one text whose summary is at most budget_tokens long, in the order of the text; at
+    most 256.
 
     One that does not fit is passed over for shorter ones after it. count: tokens of a text.
     """
     chosen: list[Fact] = []
     misses = 0
     for fact in facts:
-        if misses == MAX_MISSES:
+        if misses == MAX_MISSES or len(chosen) == MAX_FACTS:
             break
         more = sorted([*chosen, fact], key=_place)
         if count(summary(more)) <= budget_tokens:

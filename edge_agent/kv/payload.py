@@ -28,7 +28,7 @@ from msgspec import Meta, Struct
 
 from broker_config.messages.base import Digest, RungName, Tokens
 from edge_agent.errors import CacheInvalid, PayloadRejected
-from edge_agent.facts.fact import Fact
+from edge_agent.facts.fact import MAX_FACTS, Fact
 from edge_agent.kv.bitpack import pack, packed_bytes, unpack
 from edge_agent.kv.cache import Cache, Float32, Layer
 from edge_agent.kv.quantize import Quantized, dequantize, quantize
@@ -39,8 +39,6 @@ FORMAT_VERSION = 2
 SLICE_MARK, TRAILER_MARK = b"S", b"T"
 DIGEST_BYTES, FINAL_DIGEST_BYTES = 16, 32
 MAX_HEADER_BYTES = 1 << 20
-
-MAX_FACTS = 256
 
 LARGEST_FP16 = float(np.finfo(np.float16).max)
 

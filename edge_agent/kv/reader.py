@@ -188,6 +188,8 @@ def _parse_header(packed: bytes) -> Header:
         raise PayloadRejected("header", str(error)) from None
     _check_codec(header)
     _check_layers(header.shape)
+    if not all(fact.content.isprintable() for fact in header.facts):
+        raise PayloadRejected("facts", "hold a line break or a control character")
     if header.id_bytes not in (1, 2, 4) or len(header.own_ids) % header.id_bytes:
         raise PayloadRejected("own_ids", f"{len(header.own_ids)} bytes are no ids of {header.id_bytes} bytes")
     if header.own_tokens > header.tokens:

@@ -36,12 +36,12 @@ WHOLE = 65_536
 """Tokens of a slice that holds any context."""
 
 _NAME = re.compile(
-    r"(?P<family>float32|fp16|q|mix|klmix)(?P<bits>\d{1,3})?"
-    r"(-k(?P<costly>\d{1,3})"
-    r"|-l(?P<ratio>\d{1,3})(-a(?P<alpha>\d{1,3}))?(-m(?P<mean>\d{1,3}))?(-s(?P<spread>\d{1,3}))?)?"
+    r"(?P<family>float32|fp16|q|mix|klmix)(?P<bits>[1-9]\d?)?"
+    r"(-k(?P<costly>[1-9]\d{0,2})"
+    r"|-l(?P<ratio>[1-9]\d{0,2})(-a(?P<alpha>\d{1,3}))?(-m(?P<mean>\d{1,3}))?(-s(?P<spread>\d{1,3}))?)?"
     r"(?P<whole>-whole)?"
 )
-_ALIAS = re.compile(r"qkvcomm-(\d{1,3})")
+_ALIAS = re.compile(r"qkvcomm-([1-9])")
 _MIXES: dict[str, Mix] = {"mix": "error", "klmix": "divergence"}
 
 

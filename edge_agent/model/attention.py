@@ -30,6 +30,11 @@ class Queries:
             tuple(np.concatenate([old, new])[-LAST_QUERIES:] for old, new in both),
         )
 
+    def before(self, position: int) -> Queries | None:
+        """Those of tokens before a position; None if there are none."""
+        kept = int(np.searchsorted(self.positions, position))
+        return Queries(self.positions[:kept], tuple(rows[:kept] for rows in self.layers)) if kept else None
+
 
 def attention_mass(
     queries: Float32, at: Int32, keys: Float32, positions: Int32, *, scale: float, window: int | None

@@ -297,13 +297,16 @@ class LiveContext:
         ]
 
     def rewind(self, position: int) -> None:
-        """Forget what was read from `position` on, which is read next. Raises ModelUnsupported beyond what was read."""
+        """Forget what was read from `position` on, which is read next.
+
+        Of the queries that were kept for `attention_mass`, those before it stay; earlier ones do not come back.
+        Raises ModelUnsupported for a position that was not read.
+        """
         if not 0 <= position <= self._next_position:
             raise ModelUnsupported(f"position {position} of {self._next_position} can't be gone back to")
         self._buffer.forget(position)
         self._plain = [cut for keys in self._plain if (cut := keys.before(position)) is not None]
-        if self._queries is not None and self._queries.positions[-1] >= position:
-            self._queries = None
+        self._queries = self._queries and self._queries.before(position)
         self._next_position = position
 
     def extract(self, start: int, stop: int, *, mass: bool = False) -> Cache:

@@ -27,6 +27,7 @@ class Text:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # noqa: BLE001 tokenizers raises bare Exception
             raise BundleInvalid(f"{path} is not a tokenizer: {error}") from None
+        self._tokenizer.encode_special_tokens = True  # no text, and no fact of another agent's, becomes a control token
         self._manifest = manifest
 
     def ids(self, text: str) -> list[int]:

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 
 from edge_agent.errors import AgentError
-from edge_agent.kv.calibration import Calibration
-from edge_agent.kv.calibration_file import find_calibration
-from edge_agent.kv.payload import FORMAT_VERSION
-from edge_agent.model.manifest import Manifest, read_manifest
 from scripts.evaluate import report
 from scripts.evaluate.embeddings import Embedder
-from scripts.evaluate.errors import EvaluationError, MethodUnknown, ResultsInvalid
+from scripts.evaluate.errors import DataInvalid, EvaluationError
 from scripts.evaluate.items import Item, Skipped, drawn, read_items
-from scripts.evaluate.method import DEFAULT_METHODS, method
+from scripts.evaluate.method import named
 from scripts.evaluate.records import Results
-from scripts.evaluate.relayed import ANSWER_POSITIONS, Pair
 from scripts.evaluate.run import Done, Work, evaluate, left
-from scripts.prepare_model import prepare
+from scripts.evaluate.setup import Setup, Wanted, require_packages
 from scripts.prepare_model.cache import cache_root
 from scripts.prepare_model.errors import PreparationError
+from scripts.prepare_model.progress import Progress
 from scripts.prepare_model.weights import DEFAULT_WEIGHTS, Weights
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -53,13 +48,13 @@ def main(
     ] = None,
     *,
     methods: Annotated[
-        str | None,
+        str,
         typer.Option(
-            help="What is compared, with commas: text, none, or recipes (float32, fp16, q6, mix6-whole, "
-            "fp16-l70, qkvcomm-6, ...), each with +facts or without. Default: all that the paper's table needs.",
-            show_default=False,
+            help="What is compared, with commas: text, none, or recipes (float32, fp16, q6, mix6-whole, fp16-l70, "
+            "fp16-k70, qkvcomm-6, ...), each with +facts or without; `table` stands for those of the paper's table, "
+            "their baselines and ours, `parts` for the steps of the paper's pipeline one by one."
         ),
-    ] = None,
+    ] = "table",
     items: Annotated[int, typer.Option(min=0, help="Questions of each file, drawn at random; 0: all.")] = 100,
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 1,
     model: Annotated[
@@ -84,22 +79,26 @@ def main(
     threads: Annotated[int, typer.Option(min=0, help="Of each model; 0: the cores over the jobs.")] = 0,
     jobs: Annotated[int, typer.Option(min=1, max=256, help="Processes side by side, each with both sessions.")] = 1,
     output: Annotated[Path, typer.Option(help="Directory of results; the same one goes on with a run.")] = OUTPUT,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write all that is printed to FILE, too.", show_default=False),
+    ] = None,
 ) -> None:
     """Ask the real model questions whose contexts reach it through each method, and compare the answers.
 
     Two sessions of the model, sender and receiver, exchange every context as the bytes of a payload. Results are kept
     item by item: an interrupted run goes on when the same command is given again. Written to the output directory:
-    evaluate.md, evaluate.json, rate-quality.png, results.jsonl.
+    evaluate.md, evaluate.json, rate-quality.png, results.jsonl, and run.json, which says what they are of.
     """
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
-        names = _methods(methods)
+        names = named(methods)
         found, skipped = _questions(data or sorted(SHIPPED.glob("*.jsonl")), items or None, seed)
         _evaluate(
             found,
             skipped,
             names,
-            setup=_Setup(
+            wanted=Wanted(
                 model=model,
                 weights=weights,
                 receiver=receiver,
@@ -110,6 +109,7 @@ def main(
                 jobs=jobs,
             ),
             output=output,
+            json_file=json_file,
             errors=errors,
         )
     except (EvaluationError, PreparationError, AgentError) as error:
@@ -120,86 +120,13 @@ def main(
         raise typer.Exit(_INTERRUPTED) from None
 
 
-class _Setup:
-    """The models, and what they are of."""
-
-    def __init__(
-        self,
-        *,
-        model: str | None,
-        weights: Weights,
-        receiver: str | None,
-        calibrations: Path | None,
-        facts_tokens: int,
-        spacy_model: str,
-        threads: int,
-        jobs: int,
-    ) -> None:
-        self.bundle = prepare(model, weights=weights).path
-        self.manifest: Manifest = read_manifest(self.bundle)
-        self.receiver = prepare(receiver, weights=weights).path if receiver else None
-        self.calibration = self._calibration(calibrations or cache_root() / "calibrations")
-        self.jobs, self._facts_tokens, self._spacy_model = jobs, facts_tokens, spacy_model
-        self._threads = threads or max(1, (os.cpu_count() or 1) // jobs)
-
-    def make_pair(self) -> partial[Pair]:
-        """A Pair's constructor with its arguments, which can be sent to another process."""
-        return partial(
-            Pair,
-            self.bundle,
-            receiver=self.receiver,
-            calibration=self.calibration,
-            facts_tokens=self._facts_tokens,
-            spacy_model=self._spacy_model or None,
-            threads=self._threads,
-        )
-
-    def run(self) -> dict[str, Any]:
-        """What decides the figures, so that results of one run are never taken for another's."""
-        other = None if self.receiver is None else read_manifest(self.receiver)
-        return {
-            "model": self.manifest.name,
-            "fingerprint": self.manifest.fingerprint,
-            "weights": self.manifest.weight_precision,
-            "receiver": None if other is None else f"{other.name} {other.fingerprint} {other.weight_precision}",
-            "calibration": None if self.calibration is None else self.calibration.kind,
-            "prompt": [self.manifest.prefix_id, self.manifest.prompt.facts_format],
-            "profile": None if self.manifest.profile is None else list(self.manifest.profile.error),
-            "payload format": FORMAT_VERSION,
-            "facts_tokens": self._facts_tokens,
-            "spacy_model": self._spacy_model,
-            "answer_positions": ANSWER_POSITIONS,
-        }
-
-    def _calibration(self, folder: Path) -> Calibration | None:
-        if self.receiver is None:
-            return None
-        theirs = read_manifest(self.receiver).fingerprint
-        if theirs == self.manifest.fingerprint:
-            raise MethodUnknown("--receiver names the sender's own model; leave it out")
-        found = find_calibration(folder, self.manifest.fingerprint, theirs)
-        if found is None:
-            raise ResultsInvalid(
-                f"no calibration for this pair in {folder}; make it: python -m scripts.calibrate "
-                f"--sender {self.bundle} --receiver {self.receiver}"
-            )
-        return found
-
-
-def _methods(given: str | None) -> tuple[str, ...]:
-    if given is None:
-        return DEFAULT_METHODS
-    names = tuple(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
-    if not names:
-        raise MethodUnknown("--methods names none")
-    for name in names:
-        method(name)
-    return names
-
-
 def _questions(paths: Sequence[Path], count: int | None, seed: int) -> tuple[list[Item], list[Skipped]]:
     found: list[Item] = []
     skipped: list[Skipped] = []
+    stems = [path.stem for path in paths]
+    for stem in stems:
+        if stems.count(stem) > 1:
+            raise DataInvalid(f"two files are called {stem}: results are kept by that name; rename one")
     for path in paths:
         read = read_items(path)
         found += drawn(read.items, count, seed)
@@ -212,34 +139,65 @@ def _evaluate(
     skipped: list[Skipped],
     names: tuple[str, ...],
     *,
-    setup: _Setup,
+    wanted: Wanted,
     output: Path,
+    json_file: Path | None,
     errors: Console,
 ) -> None:
+    require_packages()
     for each in skipped:
         errors.print(f"skipped: {each.file}, {each.place}: {each.reason}", markup=False)
+    setup = Setup(wanted, _Stages(errors))
     run = setup.run()
     notes: dict[str, None] = {}
     with Results.open(output, run) as results:
         work = left(items, names, results)
         with _Shown(errors, items, work) as shown:
             embedder = Embedder(cache_root() / "downloads")
+            if work:
+                embedder.vectors(["is the model there?"])  # before hours of work that it must follow
 
             def end(done: Done) -> None:
                 notes.update({done.note: None} if done.note else {})
                 shown.end(done)
 
             unfit = evaluate(work, setup.make_pair(), results, embedder, jobs=setup.jobs, on_item=end)
-        wanted = {(item.dataset, item.id) for item in items}
-        records = [record for record in results.records if (record.dataset, record.item) in wanted]
-    command = ("python", "-m", "scripts.evaluate", *sys.argv[1:])
+        drawn_now = {(item.dataset, item.id) for item in items}
+        records = [
+            record
+            for record in results.records
+            if (record.dataset, record.item) in drawn_now and record.method in names
+        ]
     made = report.report(
-        records, command=command, run=run, methods=names, skipped=[*skipped, *unfit], notes=tuple(notes)
+        records,
+        command=("python", "-m", "scripts.evaluate", *sys.argv[1:]),
+        run=run,
+        methods=names,
+        skipped=[*skipped, *unfit],
+        notes=tuple(notes),
     )
-    text = report.markdown(made, records, setup.manifest)
-    written = report.write(made, text, output)
-    Console(soft_wrap=True).print(Markdown(text) if sys.stdout.isatty() else text, markup=False)
+    text = report.markdown(made, records)
+    written = report.write(made, text, output, also=json_file)
+    if sys.stdout.isatty():
+        Console().print(Markdown(text))
+    else:
+        typer.echo(text, nl=False)
     errors.print(f"written: {', '.join(map(str, written))}", markup=False)
+
+
+class _Stages(Progress):
+    """What prepares a model, a line a stage; nothing where it is found at once."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._waiting = console, ""
+
+    def stage(self, title: str) -> None:
+        if self._waiting:
+            self._console.print(f"… {title}", markup=False)
+        self._waiting = title
+
+    def note(self, text: str) -> None:
+        self._console.print(text, markup=False)
 
 
 class _Shown:
@@ -251,7 +209,7 @@ class _Shown:
             TextColumn("left:"), TimeRemainingColumn(),
         )  # fmt: skip
         self._console = console
-        self._bars = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._bars = Bars(*columns, console=console, disable=not console.is_terminal)
         todo = [each.item.dataset for each in work]
         self._total, self._done = len(items), len(items) - len(work)
         self._tasks = {}

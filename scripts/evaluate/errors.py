@@ -2,8 +2,9 @@
 
 EvaluationError
 ├── DataInvalid              a file of questions can't be read, or holds none that could be asked
-├── ItemUnfit                a question can't be asked of this model: its context is too long for the window
+├── JobLost                  a process of several ended unexpectedly
 ├── MethodUnknown            no recipe of that name
+├── ExtraMissing             a package is not installed
 ├── ResultsInvalid           results on disk are damaged, of another run, in use, or can't be written
 └── EmbeddingsUnavailable    the sentence embedding model can't be had
 """
@@ -19,8 +20,12 @@ class DataInvalid(EvaluationError):
     """A file of questions can't be used at all."""
 
 
-class ItemUnfit(EvaluationError):
-    """A question can't be asked of this model."""
+class ExtraMissing(EvaluationError):
+    """A package that evaluations need is not installed."""
+
+
+class JobLost(EvaluationError):
+    """A process of several ended unexpectedly."""
 
 
 class MethodUnknown(EvaluationError):

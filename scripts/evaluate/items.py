@@ -7,6 +7,7 @@ What can't be asked is skipped and named, line by line; a file that holds nothin
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
@@ -30,6 +31,16 @@ class Item(Struct, frozen=True, kw_only=True):
     context: str
     question: str
     answers: tuple[str, ...] = ()
+
+    @property
+    def about(self) -> str:
+        """Digest of what is asked and of what counts as right, whatever the item is called."""
+        return _digest(self.context, self.question, *self.answers)
+
+    @property
+    def context_digest(self) -> str:
+        """Digest of the context: questions on one context are not independent."""
+        return _digest(self.context)
 
 
 class Skipped(Struct, frozen=True, kw_only=True):
@@ -206,3 +217,7 @@ def _answers(found: dict[str, Any]) -> tuple[str, ...]:
     if any(len(answer) > MAX_CHARACTERS for answer in given):
         raise _Unusable(f"an answer has more than {MAX_CHARACTERS:,} characters")
     return tuple(dict.fromkeys(answer for answer in given if answer.strip()))
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]

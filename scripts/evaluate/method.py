@@ -11,20 +11,21 @@ from scripts.evaluate.errors import MethodUnknown
 TEXT, NONE = "text", "none"
 FACTS = "+facts"
 PAPER = tuple(f"qkvcomm-{target}{facts}" for target in (4, 6, 8) for facts in ("", FACTS))
-DEFAULT_METHODS = (
-    TEXT,
-    NONE,
-    f"{NONE}{FACTS}",
-    *(f"{name}{facts}" for name in ("fp16", "q8", "q6", "q4") for facts in ("", FACTS)),
-    "q4-whole",
-    "mix6-whole",
-    "mix4-whole",
-    "fp16-l70",
-    "fp16-k70",
-    *PAPER,
-    *(f"klmix{target}-k70-whole" for target in (4, 6, 8)),
-)
-"""The paper's pipeline and its parts one by one, with our choice of layers, its baselines, and what facts add."""
+OURS = tuple(f"klmix{target}-k70-whole" for target in (4, 6, 8))
+GROUPS = {
+    "table": (TEXT, NONE, f"{NONE}{FACTS}", "fp16", "q8", "q6", "q4", *PAPER, *OURS),
+    "parts": (
+        *(f"{name}{FACTS}" for name in ("fp16", "q8", "q6", "q4")),
+        "q4-whole",
+        "mix6-whole",
+        "mix4-whole",
+        "fp16-l70",
+        "fp16-k70",
+    ),
+}
+"""table: the paper's pipeline with and without facts, ours at the same size, and the baselines. parts: the pipeline's
+steps one by one, and facts beside uniform widths.
+"""
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,17 @@ class Method:
     def text(self) -> bool:
         """Whether the receiver reads the context itself."""
         return self.name.removesuffix(FACTS) == TEXT
+
+
+def named(given: str) -> tuple[str, ...]:
+    """The methods of a list with commas, in which a group stands for its methods; none twice. Raises MethodUnknown."""
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    found = tuple(dict.fromkeys(each for name in names for each in GROUPS.get(name, (name,))))
+    if not found:
+        raise MethodUnknown("--methods names none")
+    for name in found:
+        method(name)
+    return found
 
 
 def method(name: str) -> Method:

@@ -27,17 +27,20 @@ RESULTS_NAME = "results.jsonl"
 class Record(Struct, frozen=True, kw_only=True):
     """One item under one method. Scores are from 0 to 1, log-probabilities in nats a token, times in seconds.
 
-    exact_match, f1, completeness: None where the item has no references. relevance, fidelity: cosines of the answer
-    with the question and with the uncompressed answer; self_f1: token F1 against the latter. answer_logprob: the
-    answer's mean under the uncompressed model, None for an empty answer. gold_logprob: the first reference's mean under
-    this method. kl (nats) and agreement: over `positions` along the uncompressed answer. elements: values of the cache
-    that are sent; fp16_bytes: what the whole cache would take. context_s: the receiver's prefill of context sent as
-    text; answer_s: from the question to the last token.
+    about, context: digests of what was asked and of its context. exact_match, f1, completeness: None where the item has
+    no references. relevance, fidelity: cosines of the answer with the question and with the uncompressed answer;
+    self_f1: token F1 against the latter. answer_logprob: the answer's mean under the uncompressed model, None for an
+    empty answer. gold_logprob: the first reference's mean under this method. kl (nats) and agreement: over `positions`
+    along the uncompressed answer. elements: values of the whole cache, where any of it is sent; fp16_bytes: what that
+    cache takes in fp16; payload_bytes: all that is sent. context_s: the receiver's prefill of context sent as text;
+    answer_s: from the question to the last token.
     """
 
     item: str
     dataset: str
     method: str
+    about: str
+    context: str
     answer: str
     exact_match: float | None
     f1: float | None
@@ -121,9 +124,15 @@ class Results:
         """All there are, in the order in which they were added."""
         return tuple(self._records.values())
 
-    def has(self, dataset: str, item: str, method: str) -> bool:
-        """Whether that item was done under that method."""
-        return (dataset, item, method) in self._records
+    def has(self, dataset: str, item: str, method: str, about: str) -> bool:
+        """Whether that item was done under that method. Raises ResultsInvalid if it was another question then."""
+        known = self._records.get((dataset, item, method))
+        if known is not None and known.about != about:
+            raise ResultsInvalid(
+                f"{self._path} holds results of another question {item} of {dataset}: the file has changed since, "
+                "or is another one; give another directory"
+            )
+        return known is not None
 
     def add(self, record: Record) -> None:
         """Append a record to the file at once. Raises ResultsInvalid if it can't be kept, ValueError if it is known."""
@@ -163,9 +172,9 @@ def _agree(directory: Path, run: dict[str, Any], *, begun: bool) -> None:
     """Write run.json, or find there what `run` says. begun: whether there are results."""
     path = directory / RUN_NAME
     content = msgspec.json.encode(run)
-    if not path.exists():
-        if begun:
-            raise ResultsInvalid(f"{directory} holds {RESULTS_NAME} but no {RUN_NAME} to say of what; give another one")
+    if begun and not path.exists():
+        raise ResultsInvalid(f"{directory} holds {RESULTS_NAME} but no {RUN_NAME} to say of what; give another one")
+    if not begun:
         made = directory / f".{RUN_NAME}.new"
         made.write_bytes(msgspec.json.format(content, indent=2) + b"\n")
         made.rename(path)

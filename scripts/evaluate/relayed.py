@@ -9,14 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_agent.errors import AgentError
+from edge_agent.errors import ContextTooLong
 from edge_agent.facts import Extractor, Fact, summary, within
 from edge_agent.kv.cache import Cache
 from edge_agent.kv.calibration import Calibration, apply
+from edge_agent.kv.recipe import recipe
+from edge_agent.model.exchange import payload_header
 from edge_agent.model.session import LiveContext, Model, Runtime
 from edge_agent.model.text import Text
 from scripts import relay
-from scripts.evaluate.errors import ItemUnfit
 from scripts.evaluate.items import Item
 from scripts.evaluate.method import Method
 from scripts.evaluate.records import Record
@@ -24,6 +25,7 @@ from scripts.evaluate.score import completeness, exact_match, token_f1
 
 ANSWER_POSITIONS = 20
 """Tokens of an answer at most, its end included."""
+MAX_GOLD_TOKENS = 64
 FP16_BYTES = 2
 
 
@@ -88,18 +90,17 @@ class Pair:
         return self._extractor.note
 
     def case(self, item: Item) -> Case:
-        """Prefill the context and run the receiver uncompressed. Raises ItemUnfit."""
-        try:
-            ids = self._text.context_ids(item.context)
-            question = self._text.question_ids(item.question)
-            self._check_fits(ids, question)
-            cache = relay.read_context(self._sender_prefix, self._sender_text.context_ids(item.context))
-            own = cache if self._calibration is None else relay.read_context(self._prefix, ids)
-            reference = relay.uncompressed(
-                self._receiver, self._text, self._prefix, own, question, most=ANSWER_POSITIONS
-            )
-        except AgentError as error:
-            raise ItemUnfit(str(error)) from None
+        """Prefill the context and run the receiver uncompressed.
+
+        Raises AgentError: ContextTooLong, ContextEmpty, MemoryShort.
+        """
+        ids = self._text.context_ids(item.context)
+        theirs = self._sender_text.context_ids(item.context)
+        question = self._text.question_ids(item.question)
+        self._check_fits(max(len(ids), len(theirs)), len(question))
+        cache = relay.read_context(self._sender_prefix, theirs)
+        own = cache if self._calibration is None else relay.read_context(self._prefix, ids)
+        reference = relay.uncompressed(self._receiver, self._text, self._prefix, own, question, most=ANSWER_POSITIONS)
         facts = within(self._extractor.extract(item.context), self._facts_tokens, self._facts_length)
         return Case(item=item, ids=ids, cache=cache, facts=facts, reference=reference)
 
@@ -118,6 +119,8 @@ class Pair:
             item=item.id,
             dataset=item.dataset,
             method=method.name,
+            about=item.about,
+            context=item.context_digest,
             answer=said,
             exact_match=exact_match(said, item.answers) if item.answers else None,
             f1=token_f1(said, item.answers) if item.answers else None,
@@ -131,9 +134,9 @@ class Pair:
             agreement=relay.agreeing(reference.log_p, log_q) / reference.positions,
             positions=reference.positions,
             context_tokens=case.cache.entries,
-            elements=case.cache.elements if given.payload_bytes else 0,
+            elements=case.cache.elements if method.recipe is not None else 0,
             payload_bytes=given.payload_bytes,
-            fp16_bytes=FP16_BYTES * case.cache.elements if given.payload_bytes else 0,
+            fp16_bytes=FP16_BYTES * case.cache.elements,
             facts_tokens=len(facts_ids),
             encode_s=given.encode_s,
             decode_s=given.decode_s,
@@ -143,17 +146,25 @@ class Pair:
 
     def _give(self, case: Case, method: Method) -> _Given:
         start = time.perf_counter()
+        facts = case.facts if method.facts else ()
         if method.recipe is not None:
-            facts = case.facts if method.facts else ()
             payload = relay.sent(self._sender.manifest, case.cache, method.recipe, facts=facts)
             encoded = time.perf_counter()
             live = self._placed(case, payload)
             decode_s = time.perf_counter() - encoded
             return _Given(live, len(payload), encode_s=encoded - start, decode_s=decode_s)
         live = self._prefix.fork(room=len(case.ids))
-        if method.text:
-            live.prefill(case.ids)
-        return _Given(live, context_s=time.perf_counter() - start if method.text else 0.0)
+        if not method.text:
+            return _Given(live, self._bytes_without_entries([], facts) if facts else 0)
+        live.prefill(case.ids)
+        context_s = time.perf_counter() - start
+        return _Given(live, self._bytes_without_entries(case.ids, facts), context_s=context_s)
+
+    def _bytes_without_entries(self, ids: Sequence[int], facts: Sequence[Fact]) -> int:
+        """Size of a payload that carries a context as token ids, or nothing but facts."""
+        manifest = self._receiver.manifest
+        header = payload_header(manifest, "0" * 32, ids, own_tokens=len(ids), rung=recipe("float32"), facts=facts)
+        return header.payload_bytes()
 
     def _placed(self, case: Case, payload: bytes) -> LiveContext:
         """The receiver with the received cache behind its prefix."""
@@ -162,18 +173,18 @@ class Pair:
             cache = apply(cache, self._calibration)
         return relay.behind(self._prefix, cache, case.cache.entries)
 
-    def _check_fits(self, ids: Sequence[int], question: Sequence[int]) -> None:
+    def _check_fits(self, context: int, question: int) -> None:
         manifest = self._receiver.manifest
-        tokens = len(manifest.prompt.prefix_ids) + len(ids) + len(question) + self._facts_tokens + ANSWER_POSITIONS
+        tokens = len(manifest.prompt.prefix_ids) + context + question + self._facts_tokens + ANSWER_POSITIONS
         if tokens > manifest.window_tokens:
-            raise ItemUnfit(f"{tokens} tokens with question and answer, the model's window is {manifest.window_tokens}")
+            raise ContextTooLong(tokens, manifest.window_tokens)
 
     def _facts_length(self, line: str) -> int:
         return len(self._text.facts_ids(line))
 
     def _gold(self, item: Item) -> list[int]:
-        """Ids of the first reference answer as it would follow `Answer:`."""
-        return self._text.ids(f" {item.answers[0]}") if item.answers else []
+        """Ids of the first reference answer as it would follow `Answer:`, of a long one the first."""
+        return self._text.ids(f" {item.answers[0]}")[:MAX_GOLD_TOKENS] if item.answers else []
 
     def _mean_logprob(self, live: LiveContext, last: int, answer: Sequence[int]) -> float | None:
         """Mean log-probability of a token of an answer, nats; None for an empty one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -11,11 +12,10 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from edge_agent.model.manifest import Manifest
 from scripts.evaluate import tables
 from scripts.evaluate.errors import ResultsInvalid
 from scripts.evaluate.items import Skipped
-from scripts.evaluate.method import FACTS, PAPER
+from scripts.evaluate.method import FACTS
 from scripts.evaluate.plots import rate_quality
 from scripts.evaluate.records import Record
 from scripts.evaluate.summary import Row, rows
@@ -64,19 +64,22 @@ def report(
     )
 
 
-def markdown(made: Report, records: Sequence[Record], manifest: Manifest) -> str:
+def markdown(made: Report, records: Sequence[Record]) -> str:
     """The tables, with what they are of."""
-    made_of = f"{manifest.name}, {manifest.weight_precision} weights, fingerprint {manifest.fingerprint[:12]}"
+    run = made.run
+    made_of = f"{run['model']}, {run['weights']} weights, fingerprint {run['fingerprint'][:12]}"
+    if run["receiver"] is not None:
+        made_of += f"; receiver {run['receiver']}, whose own uncompressed run is what answers are compared with"
     parts = [
-        f"{made_of}; `{' '.join(made.command)}`",
-        "**Quality**, means with 95 % bootstrap intervals over items; KL and agreement along the uncompressed answer",
+        f"{made_of}; `{shlex.join(made.command)}`",
+        "**Quality**, means with 95 % bootstrap intervals over contexts; KL, agreement: along the uncompressed answer",
         tables.quality(made.rows),
         "**Costs**; bits and ratios count all headers and scales, and refer to the whole cache",
         tables.costs(made.rows),
     ]
     if any(name.endswith(FACTS) and name.removesuffix(FACTS) in made.methods for name in made.methods):
         parts += ["**What facts add**, paired differences with and without", tables.facts(records)]
-    if set(PAPER) & set(made.methods):
+    if any(map(tables.in_paper, made.rows)):
         parts += ["**Q-KVComm's Table I** and ours", tables.paper(made.rows)]
     if made.skipped:
         parts.append(f"**Skipped**: {len(made.skipped)}")
@@ -85,11 +88,12 @@ def markdown(made: Report, records: Sequence[Record], manifest: Manifest) -> str
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
-def write(made: Report, text: str, directory: Path) -> tuple[Path, ...]:
-    """The three files. Raises ResultsInvalid if one can't be written, EvaluationError for the picture."""
-    paths = (directory / MARKDOWN, directory / JSON)
+def write(made: Report, text: str, directory: Path, *, also: Path | None = None) -> tuple[Path, ...]:
+    """The three files, the JSON `also` at another place. Raises EvaluationError if one can't be written."""
     content = msgspec.json.format(msgspec.json.encode(made), indent=2) + b"\n"
-    for path, data in zip(paths, (text.encode(), content), strict=True):
+    files = {directory / MARKDOWN: text.encode(), directory / JSON: content} | ({also: content} if also else {})
+    paths = tuple(files)
+    for path, data in files.items():
         try:
             path.write_bytes(data)
         except OSError as error:

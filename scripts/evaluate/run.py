@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context
+from typing import Protocol
 
 import msgspec
 
-from scripts.evaluate.embeddings import Embedder
-from scripts.evaluate.errors import ItemUnfit
+from edge_agent.errors import AgentError
+from scripts.evaluate.errors import JobLost
 from scripts.evaluate.items import Item, Skipped
 from scripts.evaluate.method import method
 from scripts.evaluate.records import Record, Results
 from scripts.evaluate.relayed import Pair
 
 QUEUED_PER_JOB = 2
+
+
+class Embeddings(Protocol):
+    """What is wanted of scripts.evaluate.embeddings.Embedder."""
+
+    def similarity(self, a: Sequence[str], b: Sequence[str]) -> list[float]:
+        """Cosines of texts, pair by pair."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,7 @@ def left(items: Sequence[Item], methods: Sequence[str], results: Results) -> lis
     """What is still to be done, in the order of the items."""
     found = []
     for item in items:
-        missing = tuple(name for name in methods if not results.has(item.dataset, item.id, name))
+        missing = tuple(name for name in methods if not results.has(item.dataset, item.id, name, item.about))
         if missing:
             found.append(Work(item, missing))
     return found
@@ -53,7 +63,7 @@ def evaluate(
     work: Sequence[Work],
     make_pair: Callable[[], Pair],
     results: Results,
-    embedder: Embedder,
+    embeddings: Embeddings,
     *,
     jobs: int,
     on_item: Callable[[Done], None],
@@ -64,7 +74,7 @@ def evaluate(
     """
     unfit = []
     for done in _in_turn(work, make_pair) if jobs == 1 else _side_by_side(work, make_pair, jobs):
-        for record in _embedded(done, embedder):
+        for record in _embedded(done, embeddings):
             results.add(record)
         if done.unfit:
             unfit.append(Skipped(file=done.item.dataset, place=done.item.id, reason=done.unfit))
@@ -90,6 +100,8 @@ def _side_by_side(work: Sequence[Work], make_pair: Callable[[], Pair], jobs: int
                 running |= {pool.submit(_ask_here, each) for each in islice(todo, len(ended))}
                 for future in ended:
                     yield future.result()
+        except BrokenProcessPool:
+            raise JobLost("a job ended unexpectedly, killed for want of memory perhaps; try fewer --jobs") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -101,6 +113,7 @@ class _Job:
 
 
 def _begin(make_pair: Callable[[], Pair]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupted run need not wait for the questions at hand
     _Job.pair = make_pair()
 
 
@@ -111,19 +124,23 @@ def _ask_here(work: Work) -> Done:
 
 
 def _asked(pair: Pair, work: Work) -> Done:
+    """What the model refuses ends an item, not the run; what was asked before is kept."""
+    reference, records, unfit = "", list[Record](), ""
     try:
         case = pair.case(work.item)
-    except ItemUnfit as error:
-        return Done(work.item, "", (), unfit=str(error))
-    records = tuple(pair.ask(case, method(name)) for name in work.methods)
-    return Done(work.item, case.reference.said, records, note=pair.note)
+        reference = case.reference.said
+        for name in work.methods:
+            records.append(pair.ask(case, method(name)))
+    except AgentError as error:
+        unfit = str(error)
+    return Done(work.item, reference, tuple(records), unfit=unfit, note=pair.note)
 
 
-def _embedded(done: Done, embedder: Embedder) -> list[Record]:
+def _embedded(done: Done, embeddings: Embeddings) -> list[Record]:
     """The records with the two scores that come from sentence embeddings."""
     answers = [record.answer for record in done.records]
-    relevance = embedder.similarity(answers, [done.item.question] * len(answers))
-    fidelity = embedder.similarity(answers, [done.reference] * len(answers))
+    relevance = embeddings.similarity(answers, [done.item.question] * len(answers))
+    fidelity = embeddings.similarity(answers, [done.reference] * len(answers))
     return [
         msgspec.structs.replace(record, relevance=relevant, fidelity=faithful)
         for record, relevant, faithful in zip(done.records, relevance, fidelity, strict=True)

@@ -1,4 +1,4 @@
-"""What the records of a run come to: means with bootstrap intervals, sizes, rates. Pure and deterministic."""
+"""What the records of a run come to: means with bootstrap intervals over contexts, sizes, rates. Pure."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ class Row(Struct, frozen=True, kw_only=True):
     """A method on a data set.
 
     A metric is None where no item has it; its count says how many have it, and these may differ between methods
-    (there is no log-probability of an empty answer). bits_per_element: of all payloads over all elements sent; None if
-    no elements are sent. ratio_fp16: of all that the caches take in fp16 over all payloads; None without payloads.
-    f1_per_mbit: mean F1 in percent over the mean payload in Mbit. correct_per_s: exact matches over the time from
-    encoding to the last token. encode_s, decode_s, context_s, answer_s: means.
+    (there is no log-probability of an empty answer). bits_per_element: of all payloads over all elements of the whole
+    caches; None where no entries are sent. ratio_fp16: of all that the caches take in fp16 over all payloads; None
+    without payloads. f1_per_mbit: mean F1 in percent over the mean payload in Mbit. correct_per_s: exact matches over
+    the time from encoding to the last token. encode_s, decode_s, context_s, answer_s: means.
     """
 
     dataset: str
@@ -100,28 +100,38 @@ def paired(records: Iterable[Record], metric: str, method: str, baseline: str) -
     Raises ValueError if there is no such item.
     """
     values: dict[str, dict[tuple[str, str], float]] = {method: {}, baseline: {}}
+    about: dict[tuple[str, str], str] = {}
     for record in records:
         value = getattr(record, metric)
         if record.method in values and value is not None:
             values[record.method][record.dataset, record.item] = value
-    differences = [value - values[baseline][key] for key, value in values[method].items() if key in values[baseline]]
+            about[record.dataset, record.item] = record.context
+    shared = [key for key in values[method] if key in values[baseline]]
+    differences = [values[method][key] - values[baseline][key] for key in shared]
+    contexts = [about[key] for key in shared]
     if not differences:
         raise ValueError(f"no item has {metric} under both {method} and {baseline}")
-    return estimate(differences)
+    return estimate(differences, contexts)
 
 
-def estimate(values: Sequence[float]) -> Estimate:
+def estimate(values: Sequence[float], groups: Sequence[str] | None = None) -> Estimate:
     """The mean of at least one value, with its interval (percentile bootstrap, always the same resamples).
 
-    Of one value, or of equal ones, the interval is the value itself.
+    groups: of each value; whole groups are drawn again, as questions on one context are not independent (None: each
+    value by itself). Of one group, or of equal values, the interval is the mean itself.
     """
     data: NDArray[np.float64] = np.asarray(values, np.float64)
     mean = float(data.mean())
     if np.ptp(data) == 0:
         return Estimate(float(data[0]), float(data[0]), float(data[0]), len(data))
+    _, members = np.unique(range(len(data)) if groups is None else list(groups), return_inverse=True)
+    sums, counts = np.bincount(members, weights=data), np.bincount(members).astype(np.float64)
+    if len(sums) == 1:
+        return Estimate(mean, mean, mean, len(data))
     interval: Any = bootstrap(
-        (data,),
-        np.mean,
+        (sums, counts),
+        _ratio,
+        paired=True,
         n_resamples=RESAMPLES,
         confidence_level=CONFIDENCE,
         method="percentile",
@@ -130,6 +140,11 @@ def estimate(values: Sequence[float]) -> Estimate:
     ).confidence_interval
     # Of few values all resamples may lie to one side of the mean by a rounding error.
     return Estimate(mean, min(float(interval.low), mean), max(float(interval.high), mean), len(data))
+
+
+def _ratio(sums: NDArray[np.float64], counts: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
+    found: NDArray[np.float64] = sums.sum(axis=axis) / counts.sum(axis=axis)
+    return found
 
 
 def _row(dataset: str, method: str, records: Sequence[Record]) -> Row:
@@ -168,8 +183,9 @@ def _row(dataset: str, method: str, records: Sequence[Record]) -> Row:
 
 
 def _metric(records: Sequence[Record], metric: str) -> Estimate | None:
-    values = [value for record in records if (value := getattr(record, metric)) is not None]
-    return estimate(values) if values else None
+    having = [record for record in records if getattr(record, metric) is not None]
+    values = [getattr(record, metric) for record in having]
+    return estimate(values, [record.context for record in having]) if values else None
 
 
 def _mean(values: Iterable[float]) -> float:

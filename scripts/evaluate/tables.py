@@ -101,30 +101,38 @@ def paper(rows: Sequence[Row]) -> str:
     """
     head = ["data set", "method", "relevance, paper", "ours", "coherence, paper", "log p of the answer, ours"]
     head += ["ratio, paper", "ours, × fp16", "saved MB, paper", "ours", "KL, nats", "F1"]
-    lines = []
-    for row in rows:
-        for theirs in TABLE_1:
-            if theirs.dataset not in row.dataset.lower() or row.method.removesuffix(FACTS) != f"qkvcomm-{theirs.bits}":
-                continue
-            lines.append(
-                (
-                    row.dataset,
-                    row.method,
-                    f"{theirs.relevance:.3f}",
-                    _shown(row.relevance, "{:z.3f}".format),
-                    f"{theirs.coherence:.3f}",
-                    _shown(row.answer_logprob, "{:z.3f}".format),
-                    f"{theirs.ratio:.2f}",
-                    _number(row.ratio_fp16, 2),
-                    f"{theirs.saved_mb:,.1f}",
-                    f"{row.saved_bytes / 1e6:,.1f}",
-                    _shown(row.kl, kl_text),
-                    _percent(row.f1),
-                )
-            )
+    lines = [
+        (
+            row.dataset,
+            row.method,
+            f"{theirs.relevance:.3f}",
+            _shown(row.relevance, "{:z.3f}".format),
+            f"{theirs.coherence:.3f}",
+            _shown(row.answer_logprob, "{:z.3f}".format),
+            f"{theirs.ratio:.2f}",
+            _number(row.ratio_fp16, 2),
+            f"{theirs.saved_mb:,.1f}",
+            f"{row.saved_bytes / 1e6:,.1f}",
+            _shown(row.kl, kl_text),
+            _percent(row.f1),
+        )
+        for row in rows
+        if (theirs := _of_the_paper(row)) is not None
+    ]
     if not lines:
         return "Nothing of the paper's Table I was run.\n"
     return _table(head, lines, 2)
+
+
+def in_paper(row: Row) -> bool:
+    """Whether the paper's Table I has this data set and width."""
+    return _of_the_paper(row) is not None
+
+
+def _of_the_paper(row: Row) -> PaperRow | None:
+    method = row.method.removesuffix(FACTS)
+    fitting = (theirs for theirs in TABLE_1 if theirs.dataset in row.dataset.lower())
+    return next((theirs for theirs in fitting if method == f"qkvcomm-{theirs.bits}"), None)
 
 
 def kl_text(kl: float) -> str:

@@ -3,8 +3,8 @@
 Every piece is tokenized by itself, so that a cache of one can be joined with the cache of another. Pieces are cut
 before a blank line's second newline and after a newline, where a byte-level tokenizer cuts too: a prefix that ended in
 the blank line itself would end in a token for "\\n\\n" that never stands there in running text, which cost SmolLM2
-a quarter of its F1. The examples have facts although most prompts have none: SmolLM2 then uses those that come, and
-without any its references are 0.2 nats a token more likely than after examples without facts (SQuAD, 130 items).
+a quarter of its F1. One example has facts, as some prompts have: SmolLM2 then uses those that come, and where none come
+references are 0.2 nats a token more likely than after examples without (SQuAD, 130 items).
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ PREFIX = (
     "Answer: Karl Voss\n"
     "\n"
     "Passage: Sensor 7 in the cold store failed on 12 March because its cable was torn. It was replaced the next day.\n"
-    "Facts: sensor 7; cold store; 12 March\n"
     "Question: Why did sensor 7 fail?\n"
     "Answer: its cable was torn\n"
 )

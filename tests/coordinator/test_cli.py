@@ -20,11 +20,11 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
-from broker_config.messages import RoundReport
+from broker_config.messages import Ask, Message, RoundReport
 from broker_config.settings import load_toml
 from broker_config.users import verify
 from coordinator import cli, client
-from coordinator.errors import CoordinatorError
+from coordinator.errors import CoordinatorError, RequestImpossible
 from coordinator.settings import CoordinatorSettings
 from scripts.demo.processes import free_port
 from tests.coordinator.builders import instance
@@ -110,6 +110,8 @@ def test_the_help_of_each_command_says_what_it_does_and_what_everything_it_takes
         ("ask", "Seconds to the first answer token"),
         ("ask", "in nats"),
         ("ask", "Longest answer, in tokens"),
+        ("ask", "whatever its loss"),
+        ("ask", "Tokens of facts"),
         ("ask", "pi-1,pi-2"),
         ("broker", "TCP port"),
         ("broker", "beyond loopback only with users"),
@@ -338,14 +340,51 @@ def test_a_question_that_is_not_possible_is_one_line_though_a_broker_is_there(
             refused(call(*ask, "", "--from", "pi-1")),
             refused(call(*ask, "Which?", "--from", " , ")),
             refused(call(*ask, "Which?", "--from", "pi-1", "--deadline", "-1")),
+            refused(call(*ask, "Which?", "--from", "pi-1", "--rung", "Q 6")),
+            refused(call(*ask, "Which?", "--from", "pi-1", "--facts", "1025")),
+            refused(call(*ask, "Which?", "--from", "pi-1", "--facts", "-1")),
             refused(call(*ask, "Which?", "--from", "pi-1")),
         ]
     assert told == [
         "coordinator: this request is not possible: the question is empty; ask something",
         ("coordinator: this request is not possible: it names no source; name at least one agent that holds a context"),
         "coordinator: this request is not possible: deadline_s: expected `float` > 0.0, not -1.0",
+        (
+            "coordinator: this request is not possible: a rung's name is made of small letters, digits, '.', '-' "
+            "and '_', 32 at most, not Q 6"
+        ),
+        "coordinator: this request is not possible: facts_tokens: expected `int` <= 1024, not 1025",
+        "coordinator: this request is not possible: facts_tokens: expected `int` >= 0, not -1",
         "coordinator: no coordinator is running for site home; start one with `coordinator run`",
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [((), (None, 0)), (("--rung", "qkvcomm-6", "--facts", "48"), ("qkvcomm-6", 48))],
+)
+def test_the_rung_and_the_tokens_of_facts_reach_the_question(
+    monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], expected: tuple[str | None, int]
+) -> None:
+    asked: list[Message] = []
+
+    class Connected(client.Client):
+        async def __aenter__(self) -> client.Client:
+            return self
+
+        async def __aexit__(self, *_: object) -> None:
+            return None
+
+    def keep(message: Message) -> None:
+        asked.append(message)
+        raise RequestImpossible("it ends here")
+
+    monkeypatch.setattr(cli, "Client", Connected)
+    monkeypatch.setattr(client, "check", keep)
+    assert "it ends here" in refused(call("ask", "Which?", "--from", "pi-1", "--to", "jetson-1", *options))
+    (question,) = asked
+    assert isinstance(question, Ask)
+    assert (question.rung, question.facts_tokens) == expected
 
 
 def test_reports_are_written_as_json(tmp_path: Path) -> None:

@@ -118,6 +118,31 @@ def test_a_question_comes_back_as_its_report_with_its_events_on_the_way() -> Non
     play(story)
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, (None, 0)),
+        ({"rung": "qkvcomm-6", "facts_tokens": 48}, ("qkvcomm-6", 48)),
+        ({"rung": "r" * 32, "facts_tokens": 1_024}, ("r" * 32, 1_024)),
+    ],
+)
+def test_the_rung_and_the_tokens_of_facts_travel_with_the_question(
+    changes: dict[str, Any], expected: tuple[str | None, int]
+) -> None:
+    async def story(client: Client, coordinator: FakeCoordinator) -> None:
+        async def answer(asked: Ask) -> None:
+            await coordinator.tell(asked, Ended(report=report_of(asked)))
+
+        coordinator.answer = answer
+        await coordinator.start()
+        await ask(client, **changes)
+        (asked,) = coordinator.requests
+        assert isinstance(asked, Ask)
+        assert (asked.rung, asked.facts_tokens) == expected
+
+    play(story)
+
+
 def test_two_questions_at_once_get_their_own_answers() -> None:
     async def story(client: Client, coordinator: FakeCoordinator) -> None:
         async def answer(asked: Ask) -> None:
@@ -239,6 +264,16 @@ def test_a_cancelled_question_is_withdrawn_and_stays_cancelled_even_without_a_br
         ({"deadline_s": float("nan")}, "deadline_s: expected `float` > 0.0, not nan"),
         ({"quality_floor": -1.0}, "quality_floor: expected `float` >= 0.0, not -1.0"),
         ({"max_new_tokens": 0}, "max_new_tokens: expected `int` >= 1, not 0"),
+        (
+            {"rung": "Q 6"},
+            "a rung's name is made of small letters, digits, '.', '-' and '_', 32 at most, not Q 6",
+        ),
+        ({"rung": "q6\n"}, "a rung's name is made of small letters, digits, '.', '-' and '_', 32 at most, not q6"),
+        ({"rung": ""}, "rung: expected `str` of length >= 1, not nothing"),
+        ({"rung": "q" * 33}, "rung: expected `str` of length <= 32, not qqq"),
+        ({"facts_tokens": -1}, "facts_tokens: expected `int` >= 0, not -1"),
+        ({"facts_tokens": 1_025}, "facts_tokens: expected `int` <= 1024, not 1025"),
+        ({"facts_tokens": 0.5}, "facts_tokens: expected `int`, got `float`, not 0.5"),
     ],
 )
 def test_a_question_that_would_be_dropped_unread_is_told_so_at_once(changes: dict[str, Any], line: str) -> None:
@@ -359,3 +394,33 @@ def test_without_a_broker_one_line_names_its_address(monkeypatch: pytest.MonkeyP
     nobody = BrokerSettings(port=free_port())
     with pytest.raises(BrokerUnreachable, match=f"^no MQTT broker at 127.0.0.1:{nobody.port}: connection refused$"):
         module.ask("Which valve?", sources=["pi-1"], receiver="jetson-1", broker=nobody)
+
+
+def test_a_program_without_an_event_loop_asks_with_the_same_terms(monkeypatch: pytest.MonkeyPatch) -> None:
+    terms: dict[str, Any] = {
+        "policy": "kv",
+        "deadline_s": 3.0,
+        "quality_floor": 0.5,
+        "rung": "q6",
+        "facts_tokens": 48,
+        "max_new_tokens": 7,
+    }
+    asked: list[dict[str, Any]] = []
+
+    class Connected(Client):
+        async def __aenter__(self) -> Client:
+            return self
+
+        async def __aexit__(self, *_: object) -> None:
+            return None
+
+        async def ask(self, question: str, **given: Any) -> RoundReport:
+            asked.append(given)
+            return RoundReport(
+                request=instance(1), question=question, receiver="jetson-1", policy="kv", state="answered"
+            )
+
+    monkeypatch.setattr(module, "Client", Connected)
+    report = module.ask("Which valve?", sources=["pi-1"], receiver="jetson-1", **terms)
+    assert report.question == "Which valve?"
+    assert asked == [{"sources": ["pi-1"], "receiver": "jetson-1", **terms}]

@@ -87,6 +87,20 @@ def test_a_question_of_local_sources_only_needs_no_plan() -> None:
     assert round_.report("planned").predicted_e2e_s == 0.0
 
 
+def test_a_round_goes_at_the_rung_that_its_question_names() -> None:
+    round_ = plan(question(rung="int3"))
+    assert [(link.medium, link.rung) for link in links(round_)] == [("cache", "int3")] * 2
+    assert [order.rung for _, order in round_.send_orders(60.0)] == ["int3"] * 2
+    assert [part.rung for part in round_.answer_order(60.0).parts] == ["int3"] * 2
+
+
+def test_facts_are_counted_of_the_sources_that_travel_only() -> None:
+    alone, beside = (plan(question(sources=sources, facts_tokens=64)) for sources in (("pi-1",), ("pi-1", "jetson-1")))
+    bare = plan(question(sources=("pi-1",)))
+    assert alone.report("planned").predicted_question_s > bare.report("planned").predicted_question_s
+    assert beside.report("planned").predicted_question_s == alone.report("planned").predicted_question_s
+
+
 REFUSED: list[tuple[dict[str, Any], type[CoordinatorError], str]] = [
     ({"policy": "best"}, PolicyUnknown, "no policy is called best: choose one of jmsra, kv, token"),
     ({"receiver": "nobody"}, AgentUnknown, "no agent is called nobody: known are alien, bare, gone, jetson-1"),
@@ -104,6 +118,7 @@ REFUSED: list[tuple[dict[str, Any], type[CoordinatorError], str]] = [
     ({"sources": ("pi-1", "pi-1:report")}, RequestImpossible, "it names pi-1:report twice"),
     ({"sources": ("jetson-1:plan", "jetson-1")}, RequestImpossible, "it names jetson-1:plan twice"),
     ({"sources": ("many:a", "many:b")}, RequestImpossible, "exceed the 8192 that SmolLM2-135M-Instruct on jetson-1"),
+    ({"sources": ("many:a",), "rung": "q6"}, RequestImpossible, "has no rung q6; it has lossless, fp16, int8, int6"),
 ]
 
 

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker_config.messages import LinkReport
-from coordinator.errors import PolicyUnknown
+from broker_config.messages import LinkReport, Rung
+from coordinator.errors import PolicyUnknown, RequestImpossible
 from coordinator.latency import Scenario
 from coordinator.policy import POLICIES, PressureCaps, get_policy
-from coordinator.policy.rungs import allowed_rungs, why_no_rung
+from coordinator.policy.rungs import allowed_rungs, named_rung, why_no_rung
 from coordinator.policy.shares import Shares
 from tests.coordinator.builders import LADDER, make_link, random_scenario, scenario_of
 
@@ -74,6 +74,22 @@ def test_other_caps_may_be_configured() -> None:
     assert [rung.name for rung in allowed_rungs(LADDER, 0.02, 0.6, caps)] == ["int4"]
 
 
+@given(st.sampled_from(LADDER), st.floats(0, 1))
+def test_a_named_rung_is_the_only_one_whatever_its_loss_unless_it_is_above_the_cap(rung: Rung, pressure: float) -> None:
+    fits = rung.bits_per_element <= CAPS.at_most(pressure)
+    assert named_rung(LADDER, rung.name, pressure, CAPS) == ((rung,) if fits else ())
+
+
+@given(st.text(alphabet="int68-", min_size=1), st.floats(0, 1))
+def test_a_rung_that_the_ladder_lacks_is_refused_with_the_names_of_those_it_has(name: str, pressure: float) -> None:
+    if name in {rung.name for rung in LADDER}:
+        return
+    with pytest.raises(RequestImpossible) as raised:
+        named_rung(LADDER, name, pressure, CAPS)
+    assert str(raised.value).endswith(f"has no rung {name}; it has lossless, fp16, int8, int6, int4, int3")
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 @pytest.mark.parametrize("seed", range(12))
 def test_raising_rungs_stays_within_the_tie_fraction_and_never_lowers_quality(policy: str, seed: int) -> None:
@@ -121,6 +137,17 @@ def test_the_lossiest_link_climbs_first() -> None:
     links = [make_link(rungs=LADDER[2::-1]), make_link(sender="pi-2", context_id="2" * 32, rungs=LADDER[4::-1])]
     plan = POLICIES["kv"].plan(scenario_of(links, tie_fraction=0.4))
     assert [link.rung for link in plan.links] == ["int8", "int8"]
+
+
+@pytest.mark.parametrize("deadline_s", [None, 60.0])
+def test_a_link_with_one_rung_stays_on_it_beside_one_that_climbs(deadline_s: float | None) -> None:
+    links = [make_link(rungs=(LADDER[5],)), make_link(sender="pi-2", context_id="2" * 32, rungs=LADDER[4::-1])]
+    scenario = scenario_of(links, tie_fraction=20.0)
+    plan = POLICIES["kv"].plan(with_deadline(scenario, deadline_s) if deadline_s else scenario)
+    assert [(link.medium, link.rung, link.kl) for link in plan.links] == [
+        ("cache", "int3", 0.09),
+        ("cache", "lossless", 0.0),
+    ]
 
 
 def test_kv_sends_text_only_where_no_rung_is_left() -> None:

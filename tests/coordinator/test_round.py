@@ -128,6 +128,17 @@ def test_a_sender_of_two_contexts_gets_two_orders_and_is_named_once() -> None:
     assert round_.still_sending() == ("pi-1",)
 
 
+@pytest.mark.parametrize("facts_tokens", [0, 48, 1_024])
+def test_every_sender_is_told_how_many_tokens_of_facts_are_wanted(facts_tokens: int) -> None:
+    asked = question(facts_tokens=facts_tokens)
+    orders = [unpack(topics.ORDERS, pack(send)) for _, send in sends_of(round_of(PLAN, OWN, OTHER, ask=asked))]
+    assert [order.facts_tokens for order in orders if isinstance(order, SendOrder)] == [facts_tokens] * 2
+
+
+def test_no_facts_are_wanted_unless_the_question_says_so() -> None:
+    assert [send.facts_tokens for _, send in sends_of(round_of(PLAN, OTHER))] == [0, 0]
+
+
 def test_a_link_that_shares_is_paced_to_its_share_and_one_alone_is_not_slowed() -> None:
     alone = replace(PLAN, share_bps=PLAN.link_bps)
     assert [send.rate_bps for _, send in sends_of(round_of(alone))] == [None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -12,7 +14,7 @@ from coordinator.errors import AgentOffline, ContextAmbiguous, ModelsDiffer, Req
 from coordinator.fleet import Channel
 from coordinator.policy import POLICIES, PlanRequest, build_scenario
 from coordinator.policy.scenario import LEAST_FREE
-from tests.coordinator.builders import MODEL, context, fleet_of, instance, telemetry
+from tests.coordinator.builders import LADDER, MODEL, context, fleet_of, instance, telemetry
 
 CELL = Channel("cell", ("pi-1", "pi-2", "pi-3"))
 OTHER_MODEL = msgspec.structs.replace(MODEL, name="gemma-3-270m", fingerprint="d" * 32)
@@ -28,7 +30,13 @@ def agents() -> list[Telemetry]:
     ]
 
 
-def ask(*sources: str, receiver: str = "rx-1", floor: float = 0.02, deadline_s: float | None = None) -> PlanRequest:
+def ask(
+    *sources: str,
+    receiver: str = "rx-1",
+    floor: float = 0.02,
+    deadline_s: float | None = None,
+    rung: str | None = None,
+) -> PlanRequest:
     return PlanRequest(
         request=instance(1),
         sources=sources,
@@ -36,7 +44,20 @@ def ask(*sources: str, receiver: str = "rx-1", floor: float = 0.02, deadline_s: 
         question_tokens=20,
         quality_floor=floor,
         deadline_s=deadline_s,
+        rung=rung,
     )
+
+
+def message(**changes: Any) -> Ask:
+    """A question of 3 + 12 tokens to rx-1, of the 900 tokens that pi-1 holds."""
+    fields: dict[str, Any] = {
+        "request": instance(7),
+        "client": "cli-1",
+        "question": "Where is it?",
+        "sources": ("pi-1",),
+        "receiver": "rx-1",
+    }
+    return Ask(**{**fields, **changes})
 
 
 def test_a_scenario_holds_every_source_in_the_order_of_the_request() -> None:
@@ -154,16 +175,107 @@ def test_a_full_channel_is_planned_as_if_a_little_were_free() -> None:
 
 
 def test_a_deadline_and_the_length_of_the_question_come_from_the_message() -> None:
-    message = Ask(
-        request=instance(7),
-        client="cli-1",
-        question="Where is it?",
-        sources=("pi-1",),
-        receiver="rx-1",
-        deadline_s=9.0,
-        quality_floor=0.01,
-    )
-    request = PlanRequest.of(message)
+    request = PlanRequest.of(message(deadline_s=9.0, quality_floor=0.01))
     assert (request.question_tokens, request.deadline_s, request.quality_floor) == (15, 9.0, 0.01)
     plan = POLICIES["jmsra"].plan(build_scenario(fleet_of(*agents()), [request]))
     assert plan.requests[0].deadline_s == 9.0
+
+
+def test_a_named_rung_is_the_only_one_of_every_link_although_its_loss_is_above_the_floor() -> None:
+    links = build_scenario(fleet_of(*agents()), [ask("pi-1", "pi-2:log", floor=0.0, rung="int3")]).links
+    assert [link.rungs for link in links] == [(LADDER[5],), (LADDER[5],)]
+    assert [link.note for link in links] == ["", ""]
+
+
+@pytest.mark.parametrize("name", ["int5", "INT4", "int", "q6"])
+def test_a_rung_that_the_ladder_lacks_is_refused_with_one_line_that_names_those_it_has(name: str) -> None:
+    with pytest.raises(RequestImpossible) as raised:
+        build_scenario(fleet_of(*agents()), [ask("pi-1", rung=name)])
+    assert f"has no rung {name}; it has lossless, fp16, int8, int6, int4, int3" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_rung_that_the_ladder_lacks_is_refused_also_where_only_text_could_go() -> None:
+    fleet = fleet_of(telemetry("pi-1", link=LinkQuality(), contexts=[context()]), telemetry("rx-1"))
+    with pytest.raises(RequestImpossible, match="has no rung int5"):
+        build_scenario(fleet, [ask("pi-1", rung="int5")])
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_a_named_rung_that_memory_pressure_forbids_goes_as_text_and_the_note_names_both(policy: str) -> None:
+    scenario = build_scenario(fleet_of(*agents()), [ask("pi-3", "pi-1", rung="fp16")])
+    squeezed, free = scenario.links
+    assert (squeezed.rungs, free.rungs) == ((), (LADDER[1],))
+    assert squeezed.note == "rung fp16 is too large under memory pressure 0.75: sent as text"
+    plan = POLICIES[policy].plan(scenario)
+    assert (plan.links[0].medium, plan.links[0].note) == ("tokens", squeezed.note)
+
+
+def test_the_receivers_memory_counts_for_a_named_rung_too() -> None:
+    fleet = fleet_of(telemetry("pi-1", contexts=[context()]), telemetry("rx-1", pressure=0.93))
+    assert [rung.name for rung in build_scenario(fleet, [ask("pi-1", rung="int4")]).links[0].rungs] == ["int4"]
+    link = build_scenario(fleet, [ask("pi-1", rung="int6")]).links[0]
+    assert (link.rungs, link.note) == ((), "rung int6 is too large under memory pressure 0.93: sent as text")
+
+
+def test_a_named_rung_does_not_hide_what_was_not_measured() -> None:
+    fleet = fleet_of(telemetry("pi-1", speed=None, contexts=[context()]), telemetry("rx-1"))
+    link = build_scenario(fleet, [ask("pi-1", rung="int3")]).links[0]
+    assert (link.rungs, link.note) == ((), "speed of pi-1 not measured yet: sent as text")
+
+
+def test_a_named_rung_is_that_of_each_senders_own_ladder() -> None:
+    own = msgspec.structs.replace(LADDER[4], bits_per_element=4.9, kl=0.5)
+    shorter = msgspec.structs.replace(MODEL, ladder=(LADDER[0], own))
+    fleet = fleet_of(*agents(), models={"pi-2": shorter})
+    links = build_scenario(fleet, [ask("pi-1", "pi-2:log", rung="int4")]).links
+    assert [link.rungs for link in links] == [(LADDER[4],), (own,)]
+    with pytest.raises(RequestImpossible, match=r"has no rung int8; it has lossless, int4$"):
+        build_scenario(fleet, [ask("pi-1", "pi-2:log", rung="int8")])
+
+
+@pytest.mark.parametrize("tie_fraction", [0.0, 0.1, 100.0])
+@pytest.mark.parametrize("deadline_s", [None, 0.5, 600.0])
+def test_a_cache_goes_at_the_named_rung_however_much_time_is_left(
+    deadline_s: float | None, tie_fraction: float
+) -> None:
+    fleet = fleet_of(*agents())
+    requests = [ask("pi-1", "pi-2:log", deadline_s=deadline_s, rung="int3")]
+    scenario = build_scenario(fleet, requests, tie_fraction=tie_fraction)
+    plan = POLICIES["kv"].plan(scenario)
+    assert [(link.medium, link.rung, link.kl) for link in plan.links] == [("cache", "int3", 0.09)] * 2
+    best = POLICIES["jmsra"].plan(scenario)
+    assert all((link.medium, link.rung) in {("cache", "int3"), ("tokens", "lossless")} for link in best.links)
+    assert [link.medium for link in POLICIES["token"].plan(scenario).links] == ["tokens", "tokens"]
+
+
+def test_the_named_rung_comes_from_the_message() -> None:
+    assert PlanRequest.of(message()).rung is None
+    assert PlanRequest.of(message(rung="int3")).rung == "int3"
+
+
+@given(st.integers(0, 1_024), st.integers(1, 64))
+def test_facts_lengthen_the_question_by_so_many_tokens_for_each_source(facts: int, sources: int) -> None:
+    names = tuple(f"pi-{number}" for number in range(sources))
+    bare, told = PlanRequest.of(message(sources=names)), PlanRequest.of(message(sources=names, facts_tokens=facts))
+    assert bare.question_tokens == 15
+    assert told.question_tokens == 15 + facts * sources
+
+
+def test_facts_count_against_the_window() -> None:
+    small = msgspec.structs.replace(MODEL, window_tokens=1_000)
+    fleet = fleet_of(*agents(), models=dict.fromkeys(("pi-1", "rx-1"), small))
+    at_most = 1_000 - 900 - 15 - 32
+    build_scenario(fleet, [PlanRequest.of(message(facts_tokens=at_most))])
+    with pytest.raises(RequestImpossible, match="1001 tokens of contexts, question and answer exceed the 1000"):
+        build_scenario(fleet, [PlanRequest.of(message(facts_tokens=at_most + 1))])
+
+
+def test_facts_are_predicted_to_take_their_time() -> None:
+    fleet = fleet_of(*agents())
+    bare, told = (
+        POLICIES["kv"].plan(build_scenario(fleet, [PlanRequest.of(message(facts_tokens=tokens))]))
+        for tokens in (0, 300)
+    )
+    assert told.predicted_question_s - bare.predicted_question_s == pytest.approx(300 / 150.0)
+    assert told.predicted_e2e_s - bare.predicted_e2e_s == pytest.approx(300 / 150.0)

@@ -245,6 +245,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"sources": ("many:a", "many:b")}, "exceed the 8192"),
     ({"question": " \n"}, "the question is empty; ask something"),
     ({"policy": "best"}, "no policy is called best: choose one of"),
+    ({"rung": "int5"}, "has no rung int5; it has lossless, fp16, int8, int6, int4, int3"),
 ]
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from unittest.mock import AsyncMock
 
 import pytest
 
 from broker_config import topics
 from broker_config.messages import AnswerOrder, AnswerOutcome, AnswerPiece, CancelOrder
-from edge_agent.facts import Extractor, merged, summary, within
+from edge_agent.context_facts import ContextFacts
+from edge_agent.facts import Extractor, Fact, merged, summary, within
+from edge_agent.facts.fact import MAX_FACTS
 from edge_agent.kv.recipe import recipe
 from edge_agent.memory import Held
 from scripts import relay
@@ -131,6 +134,18 @@ async def test_facts_stand_between_the_contexts_and_the_question(site: Site) -> 
     assert outcome.answer == alone
     without, _ = await from_the_payload(site, 0, 1, rung="float32")
     assert outcome.answer != without.answer
+
+
+async def test_facts_that_do_not_fit_the_window_are_left_out(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    fact = Fact(type="keyword", content="x " * 127 + "x", confidence=1, start=0, end=1)
+    expected = (await from_the_payload(site, 0, rung="float32"))[0].answer
+    monkeypatch.setattr(ContextFacts, "of", AsyncMock(return_value=(fact,) * MAX_FACTS))
+    part = part_of(held(site), SENDER)
+    order = answer_order(part, max_new_tokens=12)
+    await site.order(SENDER, order_for(part, order, RECEIVER, facts_tokens=1))
+    monkeypatch.setattr("edge_agent.answering.merged", lambda parts: [fact for each in parts for fact in each])
+    outcome = await site.answer(RECEIVER, order)
+    assert (outcome.state, outcome.answer) == ("answered", expected)
 
 
 async def test_contexts_stand_in_the_order_of_the_request(site: Site) -> None:

@@ -64,7 +64,7 @@ def test_the_papers_pipeline_sends_seven_tenths_of_the_layers_in_three_widths_of
     "name",
     ["", "q", "q0", "q9", "fp168", "float32x", "mix3", "mix9", "mix", "klmix", "qkvcomm-3", "qkvcomm-", "q6-l0",
      "q6-l101", "q6-a50", "q6-m50-l70", "q6-l70-m50-a50", "q6-whole-l70", "q6-l70-l70", "q6-k70-a50", "q6-l70-k70",
-     "q6-k0", "Q6", "q6 ", "q6-l70-s0"],
+     "q6-k0", "q06", "q6-l070", "qkvcomm-06", "Q6", "q6 ", "q6-l70-s0"],
 )  # fmt: skip
 def test_any_other_name_is_refused(name: str) -> None:
     with pytest.raises(RecipeInvalid):

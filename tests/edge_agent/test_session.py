@@ -70,6 +70,61 @@ def test_a_fork_goes_its_own_way() -> None:
 
 
 @every_model
+@given(kept=token_ids, gone=token_ids)
+@settings(max_examples=10)
+def test_what_is_read_after_a_rewind_is_as_if_nothing_had_been_read_between(
+    family: str, weights: str, kept: list[int], gone: list[int]
+) -> None:
+    straight, back = (model(family=family, weights=weights).new_context() for _ in range(2))
+    for live in (straight, back):
+        live.prefill(kept)
+    back.prefill(gone, queries=True)
+    back.rewind(len(kept))
+    assert (back.entries, back.next_position) == (len(kept), len(kept))
+    assert np.array_equal(back.prefill(QUESTION, queries=True), straight.prefill(QUESTION, queries=True))
+    assert equal(back.extract(0, back.next_position), straight.extract(0, straight.next_position))
+    for one, other in zip(back.attention_mass(), straight.attention_mass(), strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_a_rewind_into_a_run_keeps_the_keys_before_it_and_forgets_the_queries() -> None:
+    live = read([5, 6, 7, 8])
+    before = live.extract(0, 2)
+    live.prefill([9, 10], queries=True)
+    live.rewind(2)
+    assert equal(live.extract(0, 2), before)
+    with pytest.raises(ModelUnsupported, match="no queries"):
+        live.attention_mass()
+
+
+def test_queries_before_a_rewind_stay() -> None:
+    straight, back = (model().new_context() for _ in range(2))
+    for live in (straight, back):
+        live.prefill([5, 6, 7, 8], queries=True)
+    back.prefill([9, 10], queries=True)
+    back.rewind(4)
+    for one, other in zip(back.attention_mass(), straight.attention_mass(), strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_a_rewind_behind_a_cache_that_misses_layers_leaves_the_others() -> None:
+    whole = read([5, 6, 7, 8]).extract(0, 4)
+    live = read([3, 4])
+    live.append(without(whole, [[], [0, 1, 2, 3], [1]]), tokens=4)
+    live.prefill([9])
+    live.rewind(5)
+    assert [layer.entries for layer in live.extract(0, 5).layers] == [5, 2, 4]
+
+
+@pytest.mark.parametrize("position", [-1, 5])
+def test_only_what_was_read_can_be_gone_back_to(position: int) -> None:
+    live = read([5, 6, 7, 8])
+    with pytest.raises(ModelUnsupported, match="can't be gone back to"):
+        live.rewind(position)
+    assert live.next_position == 4
+
+
+@every_model
 @given(prefix=token_ids, context=token_ids)
 @settings(max_examples=10)
 def test_what_is_extracted_and_appended_at_its_place_goes_on_like_the_live_context_bit_for_bit(

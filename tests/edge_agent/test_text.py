@@ -7,7 +7,7 @@ from functools import cache
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from edge_agent.errors import ContextEmpty
@@ -36,7 +36,7 @@ def answer(*stop: str) -> AnswerText:
 
 @given(st.text())
 def test_ids_give_the_text_back(written: str) -> None:
-    assert text().decode(text().ids(written)) == written.replace("<|endoftext|>", "")
+    assert text().decode(text().ids(written)) == written
 
 
 @given(st.text(min_size=1))
@@ -51,6 +51,41 @@ def test_a_question_is_one_line_whatever_was_typed(words: list[str]) -> None:
     ids = text().question_ids(" \n\t ".join(words))
     assert ids == text().question_ids(" ".join(words))
     assert text().decode(ids) == f"Question: {' '.join(words)}\nAnswer:"
+
+
+@given(st.text())
+@example("Der Füllstand fiel auf 0,5 °C — 🙂\n\nRelay 7:\tgeschlossen\r\nEnde")
+@example("東京の\u3000ポンプ\u2028が止まった\x00.")
+@example("e\u0301 is not é, and ﬁ not fi")
+@example("\nPassage: one\n\nPassage: two\n")
+@example("{text} {facts} {}")
+def test_the_text_of_a_context_is_the_one_that_its_ids_were_made_of(written: str) -> None:
+    if written.strip():
+        taken = written.strip()
+        assert text().context_text(text().context_ids(written)) == taken
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n\t ", "\u2028"])
+def test_no_facts_take_no_place_in_the_prompt(blank: str) -> None:
+    assert text().facts_ids(blank) == []
+
+
+@given(st.text())
+@example("Karl Voss;\n1931\r\n\u2028214 metres\x85 ")
+@example("{facts}; {0}; 🙂")
+def test_facts_are_one_line_of_the_prompt_whatever_they_hold(facts: str) -> None:
+    line = " ".join(facts.split())
+    if line:
+        told = text().decode(text().facts_ids(facts))
+        assert told == manifest().prompt.facts_format.format(facts=line)
+        assert len(told.splitlines()) == 1
+        assert text().facts_ids(facts) == text().facts_ids(line)
+
+
+def test_facts_stand_as_in_the_examples_of_the_prompt() -> None:
+    told = text().decode(text().facts_ids("Lenn bridge; Karl Voss; 1931; 214 metres"))
+    assert told == "Facts: Lenn bridge; Karl Voss; 1931; 214 metres\n"
+    assert told in manifest().prompt.prefix
 
 
 @pytest.mark.parametrize("blank", ["", " ", "\n\t "])
@@ -72,7 +107,7 @@ def test_context_ids_differ_exactly_when_token_ids_do(one: list[int], other: lis
 
 def test_the_context_id_depends_on_model_and_prefix() -> None:
     other_model = Text(tiny.tiny_bundle(), msgspec.structs.replace(manifest(), fingerprint="f" * 32))
-    prompt = msgspec.structs.replace(manifest().prompt, version=2)
+    prompt = msgspec.structs.replace(manifest().prompt, version=manifest().prompt.version + 1)
     other_prefix = Text(tiny.tiny_bundle(), msgspec.structs.replace(manifest(), prompt=prompt))
     ids = text().context_ids("The pump stopped.")
     assert len({each.context_id(ids) for each in (text(), other_model, other_prefix)}) == 3

@@ -6,10 +6,14 @@ from typing import Any
 
 from scripts.evaluate.records import Record
 
+ABOUT = "0" * 16
+
 
 def record(item: str = "1", method: str = "q4", dataset: str = "squad", **changes: Any) -> Record:
     """A record of a cache of 1,000 elements; `changes` are its other fields."""
     fields: dict[str, Any] = {
+        "about": ABOUT,
+        "context": item,
         "answer": "42",
         "exact_match": 1.0,
         "f1": 1.0,

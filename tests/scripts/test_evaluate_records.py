@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from scripts.evaluate.errors import ResultsInvalid
 from scripts.evaluate.records import RESULTS_NAME, RUN_NAME, Record, Results
-from tests.scripts.evaluated import record
+from tests.scripts.evaluated import ABOUT, record
 
 RUN: dict[str, Any] = {"bundle": "abc", "seed": 1, "methods": ("q4", "q6"), "files": {"squad": "f00"}}
 
@@ -35,17 +35,32 @@ def refusal(directory: Path, run: dict[str, Any]) -> str:
     return str(caught.value)
 
 
+def test_results_of_another_question_under_the_same_name_are_not_taken_for_this_ones(tmp_path: Path) -> None:
+    written(tmp_path, "1")
+    with Results.open(tmp_path, RUN) as results:
+        with pytest.raises(ResultsInvalid, match="another question 1 of squad") as caught:
+            results.has("squad", "1", "q4", "f" * 16)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_run_that_did_nothing_yet_does_not_bind_the_next(tmp_path: Path) -> None:
+    Results.open(tmp_path, RUN).close()
+    with Results.open(tmp_path, {"of": "something else"}) as results:
+        results.add(record("1"))
+    assert "another run" in refusal(tmp_path, RUN)
+
+
 def test_a_later_run_finds_what_an_earlier_one_did(tmp_path: Path) -> None:
     directory = tmp_path / "new" / "results"
     written(directory, "1", "2")
     with Results.open(directory, RUN) as results:
         assert results.records == (record("1"), record("2"))
-        assert results.has("squad", "1", "q4")
-        assert not results.has("squad", "3", "q4")
-        assert not results.has("squad", "1", "q6")
-        assert not results.has("hotpotqa", "1", "q4")
+        assert results.has("squad", "1", "q4", ABOUT)
+        assert not results.has("squad", "3", "q4", ABOUT)
+        assert not results.has("squad", "1", "q6", ABOUT)
+        assert not results.has("hotpotqa", "1", "q4", ABOUT)
         results.add(record("3"))
-        assert results.has("squad", "3", "q4")
+        assert results.has("squad", "3", "q4", ABOUT)
     with Results.open(directory, RUN) as results:
         assert len(results.records) == 3
 
@@ -115,12 +130,13 @@ def test_another_run_is_refused_by_the_field_that_differs(tmp_path: Path, change
 
 
 def test_a_field_that_the_run_no_longer_has_differs_too(tmp_path: Path) -> None:
-    written(tmp_path)
+    written(tmp_path, "1")
     assert "seed is 1 there, null here" in refusal(tmp_path, {name: RUN[name] for name in RUN if name != "seed"})
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 100_000])
 def test_a_damaged_description_of_the_run_is_one_line(tmp_path: Path, content: bytes) -> None:
+    written(tmp_path, "1")
     (tmp_path / RUN_NAME).write_bytes(content)
     assert refusal(tmp_path, RUN).startswith(f"{tmp_path / RUN_NAME} is damaged (")
 
@@ -148,7 +164,7 @@ def test_two_evaluations_never_share_a_directory(tmp_path: Path) -> None:
 
 
 def test_a_refused_directory_is_let_go(tmp_path: Path) -> None:
-    refusal(written(tmp_path).parent, RUN | {"seed": 2})
+    refusal(written(tmp_path, "1").parent, RUN | {"seed": 2})
     results = Results.open(tmp_path, RUN)
     results.close()
     results.close()
@@ -173,7 +189,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_record(tmp_path: Path, monke
         with pytest.raises(ResultsInvalid, match=r"disk full while writing .*results\.jsonl: \d+ MB free") as caught:
             results.add(record("2"))
         assert "\n" not in str(caught.value)
-        assert not results.has("squad", "2", "q4")
+        assert not results.has("squad", "2", "q4", ABOUT)
         assert path.stat().st_size == size
         monkeypatch.undo()
         results.add(record("2"))

@@ -91,6 +91,18 @@ def test_what_sends_nothing_or_has_no_references_has_no_rates() -> None:
     assert only(record(encode_s=0.0, decode_s=0.0, answer_s=0.0)).correct_per_s is None
 
 
+def test_questions_on_one_context_are_drawn_together() -> None:
+    numbers = np.random.default_rng(5)
+    contexts = [str(context) for context in range(20) for _ in range(10)]
+    shared = np.repeat(numbers.normal(0, 1, 20), 10)  # what all questions on a context have in common
+    apart, together = estimate(list(shared)), estimate(list(shared), contexts)
+    assert together.mean == pytest.approx(apart.mean)
+    assert together.high - together.low > 2 * (apart.high - apart.low)
+    each = estimate(list(shared), [f"{index:03}" for index in range(len(shared))])
+    assert (each.low, each.high) == pytest.approx((apart.low, apart.high))
+    assert estimate([1.0, 2.0], ["a", "a"]) == Estimate(1.5, 1.5, 1.5, 2)
+
+
 def test_a_metric_that_some_items_lack_is_estimated_over_the_others_and_says_how_many() -> None:
     row = only(record("1", answer_logprob=None, exact_match=None), record("2", answer_logprob=-0.75))
     assert row.answer_logprob == Estimate(-0.75, -0.75, -0.75, 1)

@@ -137,8 +137,15 @@ def test_a_bundle_is_whole_and_describes_its_model(tiny_bundle: Path) -> None:
     assert str(tiny.tiny_source().parent) not in (tiny_bundle / "manifest.json").read_text()
 
 
-def test_the_ladder_runs_from_lossless_to_tightest_with_honest_bits(tiny_bundle: Path) -> None:
-    ladder = read_manifest(tiny_bundle).ladder
+def test_the_ladder_runs_from_lossless_to_tightest_with_honest_bits_and_the_papers_recipes_after_it(
+    tiny_bundle: Path,
+) -> None:
+    rungs = read_manifest(tiny_bundle).ladder
+    assert [rung.name for rung in rungs[5:]] == ["qkvcomm-8", "qkvcomm-6", "qkvcomm-4"]
+    for rung, widths in zip(rungs[5:], ((8, 4), (8, 4), (8, 4)), strict=True):  # two of the three layers are sent
+        assert sum(widths) / 3 < rung.bits_per_element < sum(widths) / 3 * 1.3 + 0.3
+        assert rung.kl > rungs[3].kl
+    ladder = rungs[:5]
     assert [rung.name for rung in ladder] == ["float32", "fp16", "q8", "q6", "q4"]
     assert ladder[0].kl < 1e-8
     assert ladder[0].agreement == 1.0
@@ -155,6 +162,7 @@ def test_pieces_of_the_prompt_tokenize_alone_as_they_do_together(tiny_bundle: Pa
     pieces = [
         prompt.prefix,
         prompt.context_format.format(text="The pump ran for 3 hours."),
+        prompt.facts_format.format(facts="pump; 3 hours"),
         prompt.question_format.format(question="How long did it run?"),
     ]
     apart = [token for piece in pieces for token in tokenize(tokenizer, piece)]
