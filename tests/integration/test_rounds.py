@@ -61,6 +61,30 @@ async def test_every_medium_gives_the_same_lossless_answer_and_events_come_in_or
     assert len(set(answers.values())) == 1
 
 
+async def test_the_papers_recipe_is_sent_when_asked_for_with_facts_beside_it(site: Site) -> None:
+    await three_agents(site)
+    bytes_sent = {}
+    for facts_tokens in (0, 32):
+        report = await site.client.ask(
+            QUESTION,
+            sources=["pi-1", "pi-2"],
+            receiver="jetson-1",
+            policy="kv",
+            rung="qkvcomm-6",
+            facts_tokens=facts_tokens,
+        )
+        assert report.state == "answered", report.reason
+        assert report.fallbacks == 0
+        for link in report.links:
+            assert (link.medium, link.rung) == ("cache", "qkvcomm-6")
+            assert link.payload_bytes is not None
+            assert link.payload_bytes < 0.5 * link.fp16_bytes
+        bytes_sent[facts_tokens] = sum(link.payload_bytes or 0 for link in report.links)
+    assert bytes_sent[0] < bytes_sent[32] < bytes_sent[0] + 2_000
+    with pytest.raises(RequestRefused, match="ladder has no rung q5"):
+        await site.client.ask(QUESTION, sources=["pi-1"], receiver="jetson-1", rung="q5")
+
+
 async def test_contexts_are_given_listed_and_removed(amqtt_site: Site) -> None:
     site = amqtt_site
     await site.start_agent("pi-1", texts={"north": text(1)})
