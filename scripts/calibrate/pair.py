@@ -12,6 +12,7 @@ from edge_agent.kv.calibration import Calibration, Kind, Side, kind_for, moments
 from edge_agent.model.manifest import Manifest, read_manifest
 from edge_agent.model.session import Model, Runtime
 from edge_agent.model.text import Text
+from scripts import relay
 
 
 def calibrate(
@@ -59,11 +60,8 @@ def _caches(bundle: Path, texts: Sequence[str], threads: int, on_passage: Callab
     """The cache of each text, as far as it fits the model's window."""
     model = Model(bundle, Runtime(threads=threads or os.cpu_count() or 1))
     text = Text(bundle, model.manifest)
-    prefix = model.new_context()
-    prefix.prefill(model.manifest.prompt.prefix_ids)
+    prefix = relay.after_prefix(model)
     room = model.manifest.window_tokens - prefix.next_position
     for index, passage in enumerate(texts):
-        live = prefix.fork()
-        live.prefill(text.context_ids(passage)[:room])
-        yield live.extract(prefix.next_position, live.next_position)
+        yield relay.read_context(prefix, text.context_ids(passage)[:room])
         on_passage(index + 1)

@@ -12,10 +12,12 @@ import onnx
 import pytest
 
 from edge_agent.errors import BundleInvalid, ModelUnsupported
-from edge_agent.model.manifest import MANIFEST_NAME, file_digest, read_manifest, verify_digests
+from edge_agent.model.manifest import MANIFEST_NAME, MANIFEST_VERSION, file_digest, read_manifest, verify_digests
 from edge_agent.model.session import Model
 from edge_agent.model.text import TOKENIZER_NAME, Text
 from tests import tiny
+
+NOT_OURS = f"is not a manifest of version {MANIFEST_VERSION}"
 
 
 @pytest.fixture
@@ -171,13 +173,13 @@ def _manifest_with(**fields: object) -> Callable[[Path], None]:
         (_missing_file("rotate.onnx"), r"lacks rotate\.onnx; prepare it again"),
         (_cut_file("model.onnx"), r"is truncated: model\.onnx has \d+ bytes of \d+; prepare it again"),
         (_cut_file("model.onnx.weights"), r"truncated: model\.onnx\.weights has \d+ bytes of \d+; prepare it again"),
-        (_cut_manifest, "is not a manifest of version 2"),
-        (_manifest_with(manifest_version=1), r"is not a manifest of version 2: .*manifest_version"),
-        (_manifest_with(manifest_version=3), r"is not a manifest of version 2: .*manifest_version"),
-        (_manifest_with(layers=[{"rotary": 0}] * tiny.LAYERS), r"is not a manifest of version 2: .*`scale`"),
+        (_cut_manifest, NOT_OURS),
+        (_manifest_with(manifest_version=MANIFEST_VERSION - 1), f"{NOT_OURS}: .*manifest_version"),
+        (_manifest_with(manifest_version=MANIFEST_VERSION + 1), f"{NOT_OURS}: .*manifest_version"),
+        (_manifest_with(layers=[{"rotary": 0}] * tiny.LAYERS), f"{NOT_OURS}: .*`scale`"),
         (
             _manifest_with(layers=[{"rotary": 0, "scale": 0.0}] * tiny.LAYERS),
-            r"is not a manifest of version 2: .*scale",
+            f"{NOT_OURS}: .*scale",
         ),
         (_manifest_with(rotary=[[1.0, 0.5]]), "rotary frequencies must be 8 per embedding"),
         (
