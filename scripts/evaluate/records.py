@@ -28,12 +28,12 @@ class Record(Struct, frozen=True, kw_only=True):
     """One item under one method. Scores are from 0 to 1, log-probabilities in nats a token, times in seconds.
 
     about, context: digests of what was asked and of its context. exact_match, f1, completeness: None where the item has
-    no references. relevance, fidelity: cosines of the answer with the question and with the uncompressed answer;
-    self_f1: token F1 against the latter. answer_logprob: the answer's mean under the uncompressed model, None for an
-    empty answer. gold_logprob: the first reference's mean under this method. kl (nats) and agreement: over `positions`
-    along the uncompressed answer. elements: values of the whole cache, where any of it is sent; fp16_bytes: what that
-    cache takes in fp16; payload_bytes: all that is sent. context_s: the receiver's prefill of context sent as text;
-    answer_s: from the question to the last token.
+    no references. relevance, fidelity: cosines of the answer with the question and with the uncompressed answer, 1 for
+    the very same; self_f1: token F1 against the latter. answer_logprob: the answer's mean under the uncompressed model,
+    None for an empty answer. gold_logprob: the first reference's mean under this method. kl (nats) and agreement: over
+    `positions` along the uncompressed answer. elements: values of the whole cache, where any of it is sent; fp16_bytes:
+    what that cache takes in fp16; payload_bytes: all that is sent. context_s: the receiver's prefill of context sent as
+    text; answer_s: from the question to the last token.
     """
 
     item: str

@@ -142,6 +142,8 @@ def _embedded(done: Done, embeddings: Embeddings) -> list[Record]:
     relevance = embeddings.similarity(answers, [done.item.question] * len(answers))
     fidelity = embeddings.similarity(answers, [done.reference] * len(answers))
     return [
-        msgspec.structs.replace(record, relevance=relevant, fidelity=faithful)
+        msgspec.structs.replace(
+            record, relevance=relevant, fidelity=1.0 if record.answer == done.reference else faithful
+        )
         for record, relevant, faithful in zip(done.records, relevance, fidelity, strict=True)
     ]

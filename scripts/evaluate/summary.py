@@ -45,7 +45,7 @@ class Row(Struct, frozen=True, kw_only=True):
     A metric is None where no item has it; its count says how many have it, and these may differ between methods
     (there is no log-probability of an empty answer). bits_per_element: of all payloads over all elements of the whole
     caches; None where no entries are sent. ratio_fp16: of all that the caches take in fp16 over all payloads; None
-    without payloads. f1_per_mbit: mean F1 in percent over the mean payload in Mbit. correct_per_s: exact matches over
+    likewise. f1_per_mbit: mean F1 in percent over the mean payload in Mbit. correct_per_s: exact matches over
     the time from encoding to the last token. encode_s, decode_s, context_s, answer_s: means.
     """
 
@@ -170,7 +170,7 @@ def _row(dataset: str, method: str, records: Sequence[Record]) -> Row:
         kl=metrics["kl"],
         agreement=metrics["agreement"],
         bits_per_element=8 * payload / elements if elements else None,
-        ratio_fp16=fp16 / payload if payload else None,
+        ratio_fp16=fp16 / payload if elements else None,
         payload_bytes=payload,
         saved_bytes=fp16 - payload,
         f1_per_mbit=100 * f1.mean / mbit if f1 is not None and payload else None,

@@ -131,6 +131,23 @@ def test_the_likelihood_of_the_references_falls_with_what_is_lost(records: dict[
     assert records["pump", "float32"].gold_logprob == pytest.approx(records["pump", "text"].gold_logprob, abs=1e-5)
 
 
+def test_the_uncompressed_answer_itself_is_wholly_faithful_even_if_it_is_empty(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    class Unlike(Alike):
+        def similarity(self, a: Sequence[str], b: Sequence[str]) -> list[float]:
+            return [0.0] * len(a)
+
+    with Results.open(tmp_path, {}) as results:
+        work = left(ITEMS, ("text", "none"), results)
+        evaluate(work, maker(tiny_bundle), results, Unlike(), jobs=1, on_item=lambda _: None)
+        by_method = {(record.item, record.method): record for record in results.records}
+    for item in ITEMS:
+        text, none = (by_method[item.id, name] for name in ("text", "none"))
+        assert text.fidelity == 1
+        assert none.fidelity == (none.answer == text.answer)
+
+
 def test_a_run_goes_on_where_it_was_broken_off(tiny_bundle: Path, tmp_path: Path) -> None:
     first, _ = run(tiny_bundle, tmp_path, ITEMS[:1], ("text", "q4"))
     again, done = run(tiny_bundle, tmp_path, ITEMS, ("text", "q4", "none"))
