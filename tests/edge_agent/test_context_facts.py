@@ -194,3 +194,27 @@ async def test_an_extraction_that_fails_costs_the_facts_and_nothing_else(caplog:
 
     assert await ContextFacts(tokenizer(), Broken(spacy_model=None)).of(held(NORTH), PLENTY) == ()
     assert "no facts of report" in caplog.text
+
+
+@pytest.mark.timeout(60)
+async def test_a_slow_extraction_delays_no_transfer_and_serves_the_next(caplog: pytest.LogCaptureFixture) -> None:
+    extractor = Recorder()
+    extractor.may_go_on.clear()
+    facts = ContextFacts(tokenizer(), extractor)
+    assert await facts.of(held(NORTH), 40, patience_s=0.01) == ()
+    assert "facts of report are not ready" in caplog.text
+    extractor.may_go_on.set()
+    assert await facts.of(held(NORTH), 40)
+    assert extractor.texts == [NORTH]
+
+
+async def test_facts_put_out_while_they_are_extracted_are_none() -> None:
+    extractor = Recorder()
+    extractor.may_go_on.clear()
+    facts = ContextFacts(tokenizer(), extractor)
+    early = asyncio.create_task(facts.of(held(NORTH), 40))
+    await asyncio.sleep(0)
+    for number in range(KEPT_CONTEXTS):
+        await facts.of(held(f"report {number}"), 40, patience_s=0)
+    assert await early == ()
+    extractor.may_go_on.set()
