@@ -26,8 +26,8 @@ from edge_agent.tasks import last_words
 
 log = logging.getLogger(__name__)
 
-FACTS_SHARE = 0.25
-"""Of an order's time that facts may take: without them a cache still serves, too late it does not."""
+FACTS_PATIENCE_S = 1.0
+"""What a transfer waits for facts at most: without them a cache still serves, and its receiver waits few seconds."""
 
 
 class Outgoing:
@@ -81,8 +81,7 @@ class Outgoing:
             async with asyncio.timeout_at(deadline_s):
                 as_text = order.own_tokens == len(held.ids)
                 cache = None if as_text else await self._cache(job, held)
-                patience_s = FACTS_SHARE * order.expires_s
-                facts = () if as_text else await self._facts.of(held, order.facts_tokens, patience_s=patience_s)
+                facts = () if as_text else await self._facts.of(held, order.facts_tokens, patience_s=FACTS_PATIENCE_S)
             header = payload_header(
                 self._engine.model.manifest,
                 held.context_id,
