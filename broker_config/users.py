@@ -10,12 +10,12 @@ import base64
 import binascii
 import hashlib
 import hmac
-import os
 import re
 import secrets
 from pathlib import Path
 
 from broker_config.errors import ConfigurationError
+from broker_config.files import write_whole
 
 ITERATIONS = 20_000  # some 10 ms on a laptop; the passwords are random, and agents reconnect in storms
 SALT_BYTES = 12  # Mosquitto 2.0 takes no other length
@@ -87,16 +87,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _write(path: Path, lines: list[str]) -> None:
-    """Replace the file in one step: a reader sees the old one or the new one, and a crash leaves one of them."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write("".join(f"{line}\n" for line in lines))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_whole(path, "".join(f"{line}\n" for line in lines).encode())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ConfigurationError(f"can't write the users to {path}: {error.strerror or error}") from None

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import re
-import tempfile
 from pathlib import Path
 
+from broker_config.files import write_whole
 from broker_config.messages.base import Name
 from edge_agent.engine import Engine
 from edge_agent.errors import AgentError
@@ -142,19 +141,10 @@ def _read(path: Path) -> str:
 
 def _write(path: Path, text: str) -> Stamp:
     """Whole or not at all."""
-    unfinished: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-            unfinished = Path(file.name)
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+        write_whole(path, text.encode())
         return _stamp(path)
     except OSError as error:
-        if unfinished is not None:
-            unfinished.unlink(missing_ok=True)
         raise AgentError(f"{path} can't be written: {error.strerror}") from None
 
 

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import re
 import struct
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -22,6 +20,7 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
+from broker_config.files import write_whole
 from edge_agent.errors import CalibrationInvalid
 from edge_agent.kv.cache import Float32
 from edge_agent.kv.calibration import KINDS, Calibration, Kind, Side
@@ -72,20 +71,10 @@ def write_calibration(calibration: Calibration, path: Path) -> None:
     content = _encoded(calibration)
     if len(content) > MAX_FILE_BYTES:
         raise CalibrationInvalid(f"a calibration of {len(content):,} bytes, more than {MAX_FILE_BYTES:,}")
-    unfinished: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp-", delete=False) as file:
-            unfinished = Path(file.name)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+        write_whole(path, content)
     except OSError as error:
         raise CalibrationInvalid(f"{path} can't be written: {error.strerror}") from None
-    finally:
-        if unfinished is not None:
-            unfinished.unlink(missing_ok=True)
 
 
 def read_calibration(path: Path) -> Calibration:
