@@ -17,9 +17,9 @@ from edge_agent.kv.cache import Cache, Float32
 from edge_agent.kv.payload import encode
 from edge_agent.kv.reader import decode
 from edge_agent.kv.recipe import recipe
+from edge_agent.model.attention import among_the_last
 from edge_agent.model.exchange import expectation, payload_header
 from edge_agent.model.session import LiveContext, Model
-from edge_agent.model.signature import LAST_QUERIES
 from edge_agent.model.text import AnswerText, Text
 from edge_agent.speed import SpeedMeter
 from edge_agent.turns import Turns
@@ -74,7 +74,7 @@ class Engine:
         live = self.after_prefix(room=len(ids))
         start, seconds = live.next_position, 0.0
         for last_of, chunk in live.chunks(ids):
-            queries = mass and len(ids) - last_of < LAST_QUERIES
+            queries = mass and among_the_last(len(ids) - last_of)
             step = partial(live.step, chunk, logits=None, keys=True, queries=queries)
             async with self.turns.turn(asker):
                 seconds += (await self._timed(step))[1]

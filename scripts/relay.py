@@ -117,11 +117,9 @@ def along(live: LiveContext, last: int, answer: Sequence[int]) -> Float64:
     return log_p
 
 
-def sent(
-    manifest: Manifest, cache: Cache, rung: Recipe, *, ids: Sequence[int] | None = None, facts: Sequence[Fact] = ()
-) -> bytes:
-    """The payload of a whole cache. ids: the context's (only their number is on such a payload)."""
-    ids = [0] * cache.entries if ids is None else ids
+def sent(manifest: Manifest, cache: Cache, rung: Recipe, *, facts: Sequence[Fact] = ()) -> bytes:
+    """The payload of a whole cache."""
+    ids = [0] * cache.entries  # only their number is on such a payload
     header = payload_header(manifest, "0" * 32, ids, own_tokens=0, rung=rung, cache=cache, facts=facts)
     return b"".join(encode(header, cache))
 

@@ -11,6 +11,11 @@ from edge_agent.kv.cache import Float32, Int32
 from edge_agent.model.signature import LAST_QUERIES
 
 
+def among_the_last(tokens_to_come: int) -> bool:
+    """Whether queries of a run are still kept once so many tokens more are read."""
+    return tokens_to_come < LAST_QUERIES
+
+
 @dataclass(frozen=True, eq=False)
 class Queries:
     """Rotated queries of the last tokens read: for each layer float32 (queries, query_heads · head_dim)."""

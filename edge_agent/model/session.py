@@ -18,7 +18,7 @@ import onnxruntime as ort
 
 from edge_agent.errors import ContextEmpty, ContextTooLong, ModelFailed, ModelUnsupported
 from edge_agent.kv.cache import Cache, Float32, Int32, Layer
-from edge_agent.model.attention import Queries, attention_mass
+from edge_agent.model.attention import Queries, among_the_last, attention_mass
 from edge_agent.model.buffer import Buffer, Form
 from edge_agent.model.kernels import products_saturate
 from edge_agent.model.manifest import Manifest, read_manifest
@@ -191,7 +191,8 @@ class LiveContext:
         rows: list[Float32] = []
         for last_of, chunk in self.chunks(ids):
             last: Literal["last"] | None = "last" if last_of == len(ids) else None
-            rows.append(self.step(chunk, logits="all" if all_logits else last, keys=True, queries=queries))
+            wanted = queries and among_the_last(len(ids) - last_of)
+            rows.append(self.step(chunk, logits="all" if all_logits else last, keys=True, queries=wanted))
             if on_chunk:
                 on_chunk(last_of)
         return np.concatenate(rows) if all_logits else rows[-1]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 from enum import StrEnum
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +24,7 @@ from scripts.calibrate.pair import calibrate
 from scripts.prepare_model.cache import cache_root
 from scripts.prepare_model.calibration import Texts, read_texts
 from scripts.prepare_model.errors import PreparationError
+from scripts.provenance import machine, versions
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -142,12 +141,8 @@ def _write_report(path: Path, found: Calibration, names: tuple[str, str], texts:
     ratios = _ratios(found).tolist()
     report: dict[str, Any] = {
         "command": ["python", "-m", "scripts.calibrate", *sys.argv[1:]],
-        "machine": {
-            "system": platform.platform(),
-            "processor": platform.machine(),
-            "python": platform.python_version(),
-        },
-        "versions": {name: metadata.version(name) for name in ("numpy", "onnxruntime")},
+        "machine": machine(),
+        "versions": versions(("numpy", "onnxruntime")),
         "texts": {"origin": texts.origin, "passages": len(texts.passages)},
         "kind": found.kind,
         "sender": {"name": names[0], **msgspec.to_builtins(found.sender)},

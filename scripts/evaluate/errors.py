@@ -5,6 +5,7 @@ EvaluationError
 ├── JobLost                  a process of several ended unexpectedly
 ├── MethodUnknown            no recipe of that name
 ├── ExtraMissing             a package is not installed
+├── PairUnfit                no calibration makes one model's caches the other's, or they are one model
 ├── ResultsInvalid           results on disk are damaged, of another run, in use, or can't be written
 └── EmbeddingsUnavailable    the sentence embedding model can't be had
 """
@@ -30,6 +31,10 @@ class JobLost(EvaluationError):
 
 class MethodUnknown(EvaluationError):
     """There is no method of that name."""
+
+
+class PairUnfit(EvaluationError):
+    """Two models can't be evaluated together."""
 
 
 class ResultsInvalid(EvaluationError):

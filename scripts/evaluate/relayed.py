@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,22 +31,17 @@ FP16_BYTES = 2
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A question with its context at the sender, and the receiver's uncompressed run of it."""
+    """A question with its context at the sender, and the receiver's uncompressed run of it.
+
+    logprobs: of answers in the uncompressed run, as far as they were asked for; many methods give the same answer.
+    """
 
     item: Item
     ids: list[int]
     cache: Cache
     facts: tuple[Fact, ...]
     reference: relay.Reference
-    _logprobs: dict[tuple[int, ...], float | None] = field(default_factory=dict)
-
-    def logprob(
-        self, answer: Sequence[int], measure: Callable[[LiveContext, int, Sequence[int]], float | None]
-    ) -> float | None:
-        """The answer's mean log-probability in the uncompressed run; many methods give the same answer."""
-        if tuple(answer) not in self._logprobs:
-            self._logprobs[tuple(answer)] = measure(self.reference.live, self.reference.question[-1], answer)
-        return self._logprobs[tuple(answer)]
+    logprobs: dict[tuple[int, ...], float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +123,7 @@ class Pair:
             relevance=0.0,
             fidelity=0.0,
             self_f1=token_f1(said, [reference.said]),
-            answer_logprob=case.logprob(answer, self._mean_logprob),
+            answer_logprob=self._reference_logprob(case, answer),
             gold_logprob=self._mean_logprob(given.live, last, self._gold(item)),
             kl=float(relay.divergence(reference.log_p, log_q).mean()),
             agreement=relay.agreeing(reference.log_p, log_q) / reference.positions,
@@ -185,6 +180,12 @@ class Pair:
     def _gold(self, item: Item) -> list[int]:
         """Ids of the first reference answer as it would follow `Answer:`, of a long one the first."""
         return self._text.ids(f" {item.answers[0]}")[:MAX_GOLD_TOKENS] if item.answers else []
+
+    def _reference_logprob(self, case: Case, answer: Sequence[int]) -> float | None:
+        key, reference = tuple(answer), case.reference
+        if key not in case.logprobs:
+            case.logprobs[key] = self._mean_logprob(reference.live, reference.question[-1], answer)
+        return case.logprobs[key]
 
     def _mean_logprob(self, live: LiveContext, last: int, answer: Sequence[int]) -> float | None:
         """Mean log-probability of a token of an answer, nats; None for an empty one."""

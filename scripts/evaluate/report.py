@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 import shlex
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from scripts.evaluate.plots import rate_quality
 from scripts.evaluate.records import Record
 from scripts.evaluate.summary import Row, rows
 from scripts.prepare_model.errors import free_mb, is_disk_full
+from scripts.provenance import machine, versions
 
 MARKDOWN, JSON, CURVES = "evaluate.md", "evaluate.json", "rate-quality.png"
 PACKAGES = ("kvbus", "numpy", "onnxruntime", "tokenizers", "torch", "transformers", "yake", "spacy")
@@ -50,12 +49,8 @@ def report(
     """The figures of the records, of the items that every method has done."""
     return Report(
         command=tuple(command),
-        versions={name: _version(name) for name in PACKAGES},
-        machine={
-            "system": platform.platform(),
-            "processor": platform.machine(),
-            "python": platform.python_version(),
-        },
+        versions=versions(PACKAGES),
+        machine=machine(),
         run=run,
         methods=tuple(methods),
         skipped=tuple(skipped),
@@ -105,10 +100,3 @@ def write(made: Report, text: str, directory: Path, *, also: Path | None = None)
         return paths
     rate_quality(made.rows, curves)
     return (*paths, curves)
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "none"

@@ -83,10 +83,9 @@ def evaluate(
 
 
 def _in_turn(work: Sequence[Work], make_pair: Callable[[], Pair]) -> Iterator[Done]:
-    pair = make_pair() if work else None
-    for each in work:
-        if pair is not None:
-            yield _asked(pair, each)
+    if work:
+        pair = make_pair()
+        yield from (_asked(pair, each) for each in work)
 
 
 def _side_by_side(work: Sequence[Work], make_pair: Callable[[], Pair], jobs: int) -> Iterator[Done]:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ import msgspec
 from edge_agent.kv.calibration import Calibration
 from edge_agent.kv.calibration_file import find_calibration
 from edge_agent.kv.payload import FORMAT_VERSION
-from edge_agent.model.manifest import Manifest, read_manifest
-from scripts.evaluate.errors import ExtraMissing, MethodUnknown, ResultsInvalid
+from scripts.evaluate.errors import ExtraMissing, PairUnfit
 from scripts.evaluate.relayed import ANSWER_POSITIONS, Pair
-from scripts.prepare_model import prepare
+from scripts.prepare_model import Prepared, prepare
 from scripts.prepare_model.cache import cache_root
 from scripts.prepare_model.progress import Progress
+from scripts.provenance import versions
 
 NEEDED = ("matplotlib", "scipy", "torch", "transformers")
 
@@ -45,15 +45,13 @@ class Setup:
 
     def __init__(self, wanted: Wanted, progress: Progress) -> None:
         self._wanted = wanted
-        self.bundle = prepare(wanted.model, weights=wanted.weights, progress=progress).path
-        self.manifest: Manifest = read_manifest(self.bundle)
-        self._receiver: Path | None = None
-        self.receiver: Manifest | None = None
-        self.calibration: Calibration | None = None
+        self._sender = prepare(wanted.model, weights=wanted.weights, progress=progress)
+        self._receiver: Prepared | None = None
+        self._calibration: Calibration | None = None
         if wanted.receiver is not None:
-            self._receiver = prepare(wanted.receiver, weights=wanted.weights, progress=progress).path
-            self.receiver = read_manifest(self._receiver)
-            self.calibration = self._find(wanted.calibrations or cache_root() / "calibrations")
+            self._receiver = prepare(wanted.receiver, weights=wanted.weights, progress=progress)
+            folder = wanted.calibrations or cache_root() / "calibrations"
+            self._calibration = _calibration(folder, self._sender, self._receiver)
 
     @property
     def jobs(self) -> int:
@@ -63,9 +61,9 @@ class Setup:
         """A Pair's constructor with its arguments, which can be sent to another process."""
         return partial(
             Pair,
-            self.bundle,
-            receiver=self._receiver,
-            calibration=self.calibration,
+            self._sender.path,
+            receiver=None if self._receiver is None else self._receiver.path,
+            calibration=self._calibration,
             facts_tokens=self._wanted.facts_tokens,
             spacy_model=self._wanted.spacy_model or None,
             threads=self._wanted.threads or max(1, (os.cpu_count() or 1) // self.jobs),
@@ -73,31 +71,34 @@ class Setup:
 
     def run(self) -> dict[str, Any]:
         """What decides the figures, so that results of one run are never taken for another's."""
-        receiver, calibration = self.receiver, self.calibration
+        sender, calibration = self._sender.manifest, self._calibration
+        receiver = None if self._receiver is None else self._receiver.manifest
         return {
-            "model": self.manifest.name,
-            "fingerprint": self.manifest.fingerprint,
-            "weights": self.manifest.weight_precision,
+            "model": sender.name,
+            "fingerprint": sender.fingerprint,
+            "weights": sender.weight_precision,
             "receiver": None if receiver is None else f"{receiver.name} {receiver.fingerprint}",
             "calibration": None if calibration is None else _digest(calibration.scale, calibration.shift),
-            "prompt": [self.manifest.prefix_id, self.manifest.prompt.facts_format],
-            "profile": _digest(msgspec.json.encode(self.manifest.profile)),
+            "prompt": [sender.prefix_id, sender.prompt.facts_format],
+            "profile": _digest(msgspec.json.encode(sender.profile)),
             "payload format": FORMAT_VERSION,
             "facts_tokens": self._wanted.facts_tokens,
-            "extractors": {name: _version(name) for name in ("yake", "spacy")} | {"model": self._wanted.spacy_model},
+            "extractors": versions(("yake", "spacy")) | {"model": self._wanted.spacy_model},
             "answer_positions": ANSWER_POSITIONS,
         }
 
-    def _find(self, folder: Path) -> Calibration:
-        if self.receiver is None or self.receiver.fingerprint == self.manifest.fingerprint:
-            raise MethodUnknown("--receiver names the sender's own model; leave it out")
-        found = find_calibration(folder, self.manifest.fingerprint, self.receiver.fingerprint)
-        if found is None:
-            raise ResultsInvalid(
-                f"no calibration for this pair in {folder}; make it: python -m scripts.calibrate "
-                f"--sender {self.bundle} --receiver {self._receiver} --output {folder}"
-            )
-        return found
+
+def _calibration(folder: Path, sender: Prepared, receiver: Prepared) -> Calibration:
+    """What makes the sender's caches the receiver's. Raises PairUnfit."""
+    if sender.manifest.fingerprint == receiver.manifest.fingerprint:
+        raise PairUnfit("--receiver names the sender's own model; leave it out")
+    found = find_calibration(folder, sender.manifest.fingerprint, receiver.manifest.fingerprint)
+    if found is None:
+        raise PairUnfit(
+            f"no calibration for this pair in {folder}; make it: python -m scripts.calibrate "
+            f"--sender {sender.path} --receiver {receiver.path} --output {folder}"
+        )
+    return found
 
 
 def require_packages(names: Sequence[str] = NEEDED) -> None:
@@ -112,10 +113,3 @@ def _digest(*parts: Any) -> str:
     for part in parts:
         digest.update(part if isinstance(part, bytes) else part.tobytes())
     return digest.hexdigest()[:16]
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "none"

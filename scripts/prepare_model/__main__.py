@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import platform
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +20,7 @@ from scripts.prepare_model.errors import DiskFull, PreparationError, is_disk_ful
 from scripts.prepare_model.picture import draw
 from scripts.prepare_model.progress import Progress
 from scripts.prepare_model.weights import DEFAULT_WEIGHTS, Weights
+from scripts.provenance import machine, versions
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -195,12 +194,8 @@ def _write_report(path: Path, prepared: Prepared, limit_gb: float) -> None:
     manifest = prepared.manifest
     report: dict[str, Any] = {
         "command": ["python", "-m", "scripts.prepare_model", *sys.argv[1:]],
-        "machine": {
-            "system": platform.platform(),
-            "processor": platform.machine(),
-            "python": platform.python_version(),
-        },
-        "versions": {name: _version(name) for name in ("kvbus", "numpy", *SHAPING_PACKAGES)},
+        "machine": machine(),
+        "versions": versions(("kvbus", "numpy", *SHAPING_PACKAGES)),
         "cache": {"root": cache_root(), "limit_gb": limit_gb, "removed": prepared.removed},
         "bundle": prepared.path,
         "found_in_cache": prepared.found,
@@ -225,13 +220,6 @@ def _write_report(path: Path, prepared: Prepared, limit_gb: float) -> None:
         if is_disk_full(error):
             raise DiskFull(str(path), path.parent) from error
         raise PreparationError(f"--json {path}: {error.strerror}") from None
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "none"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 
 import msgspec
@@ -26,6 +25,7 @@ from edge_agent.errors import BundleInvalid
 from edge_agent.model.manifest import MANIFEST_NAME, MANIFEST_VERSION, Manifest, read_manifest
 from scripts.prepare_model.errors import DiskFull, PreparationError, is_disk_full
 from scripts.prepare_model.prompt import PROMPT_VERSION
+from scripts.provenance import versions
 
 CACHE_VARIABLE = "KVBUS_CACHE"
 # Raise it when bundles made by older code must be made again though nothing else in their key changed
@@ -64,13 +64,7 @@ def cache_root() -> Path:
 
 def shaping_versions() -> dict[str, str]:
     """Versions of the packages that shape a bundle, without importing them."""
-    versions = {}
-    for name in SHAPING_PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "none"
-    return versions
+    return versions(SHAPING_PACKAGES)
 
 
 def bundle_key(source_key: str, texts_digest: str, versions: Mapping[str, str], weights: str) -> str:
