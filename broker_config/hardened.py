@@ -8,6 +8,8 @@
   disconnected, and so deaf, when the first one ends. Here the first one is cut and its end is waited for.
 - On connecting, a client is sent every retained message anybody has subscribed to, in a loop that another
   subscription breaks. Here it gets its own, and the loop goes over a copy.
+- A persistent client that comes back is heard only once all that was under way for it is acknowledged, up to 10 s and
+  even if it is gone again: two clients with one id then never get an answer. Here it is heard at once.
 - What waits for a slow subscriber has no limit, and delivered messages stay in memory behind a stuck one.
   Here both are bounded; like Mosquitto, it then drops for that subscriber.
 - A packet may announce 256 MiB, which would be read. Here connections that exceed the largest message are cut.
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -46,7 +49,7 @@ HANDSHAKE_S = 10.0  # from the TCP connection to CONNECT
 WATCH_S = 1.0
 KEEP_ALIVES = 1.5  # MQTT 3.1.1, 3.1.2.10
 READ_BUFFER_BYTES = 1 << 18
-CUT_S = 5.0
+CUT_S = 2.0  # less than the patience of a client that waits to come in
 
 
 @dataclass
@@ -111,6 +114,24 @@ class _BoundedHandler(BrokerProtocolHandler):  # type: ignore[misc]
 
     queued_bytes = 0
     dropping = False
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._late: set[asyncio.Task[None]] = set()
+
+    def later(self, delivery: Coroutine[Any, Any, None]) -> None:
+        """Deliver while the client is served, and only as long as it is."""
+        task = asyncio.create_task(delivery, name="kvbus embedded broker: late delivery")
+        self._late.add(task)
+        task.add_done_callback(self._late.discard)
+
+    async def stop(self) -> None:
+        for task in self._late:
+            task.cancel()
+        await super().stop()
+
+    async def _retry_deliveries(self) -> None:
+        self.later(super()._retry_deliveries())
 
     async def mqtt_publish(self, topic: str, data: bytes, qos: int, retain: bool, ack_timeout: Any = None) -> Any:
         overfull = self.queued_bytes + len(data) > MAX_QUEUED_BYTES
@@ -227,8 +248,15 @@ class HardenedBroker(Broker):  # type: ignore[misc]
 
     async def _publish_retained_messages_for_subscription(self, subscription: tuple[str, int], session: Any) -> None:
         topic_filter, _ = subscription
-        if any(subscriber is session for subscriber, _ in self._subscriptions.get(topic_filter, ())):
-            await super()._publish_retained_messages_for_subscription(subscription, session)
+        handler = self._get_handler(session)
+        own = any(subscriber is session for subscriber, _ in self._subscriptions.get(topic_filter, ()))
+        if own and handler is not None:
+            handler.later(super()._publish_retained_messages_for_subscription(subscription, session))
+
+    async def _publish_session_retained_messages(self, session: Any) -> None:
+        handler = self._get_handler(session)
+        if handler is not None:
+            handler.later(super()._publish_session_retained_messages(session))
 
     async def _retain_broadcast_message(self, broadcast: dict[str, Any], qos: int, target_session: Any) -> None:
         while target_session.retained_messages.qsize() >= MAX_OFFLINE_MESSAGES:

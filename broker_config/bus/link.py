@@ -95,7 +95,11 @@ async def until_lost(client: aiomqtt.Client) -> str:
 
 
 async def enter(client: aiomqtt.Client) -> None:
-    """Connect. A thread does it, which can't be stopped: when cancelled, wait for it and close what it opened."""
+    """Connect. A thread does it, which can't be stopped: when cancelled, wait for it and close what it opened.
+
+    aiomqtt forgets an end that comes in the same turn of the loop as the broker's welcome, and would wait forever.
+    """
+    ended = client._disconnected
     entering = asyncio.create_task(client.__aenter__(), name="kvbus connect")
     try:
         await asyncio.shield(entering)
@@ -107,6 +111,9 @@ async def enter(client: aiomqtt.Client) -> None:
             await entering
         await leave(client)
         raise
+    if ended.done():
+        await leave(client)
+        raise aiomqtt.MqttError("the connection was cut") from ended.exception()
 
 
 async def leave(client: aiomqtt.Client) -> None:

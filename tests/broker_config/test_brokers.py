@@ -27,6 +27,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(40)]
 INSTANCE = "0123456789abcdef"
 SITE = "home"
 PATIENCE_S = 10.0
+SUBACK = 0x90
 
 
 def _broker(kind: str, directory: Path, users: Path | None = None) -> Amqtt | Mosquitto:
@@ -163,15 +164,16 @@ async def test_a_broker_that_is_not_there_yet_is_waited_for(stack: AsyncExitStac
     await recorder.until(_cancel("y"))
 
 
-async def _impostor(stack: AsyncExitStack, answer: bytes) -> int:
-    """A server that gives this answer to the first bytes and is silent then; returns its port."""
+async def _impostor(stack: AsyncExitStack, answer: bytes, *, hangs_up: bool = False) -> int:
+    """A server that gives this answer to the first bytes and is silent then, or hangs up; returns its port."""
     serving: set[asyncio.Task[None] | None] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         serving.add(asyncio.current_task())
         await reader.read(100)
         writer.write(answer)
-        await reader.read()
+        if not hangs_up:
+            await reader.read()
         writer.close()
         await writer.wait_closed()
 
@@ -191,6 +193,20 @@ async def test_a_broker_that_does_not_answer_is_named(stack: AsyncExitStack) -> 
     async with MqttBus(settings=settings, site=SITE, client_id="one") as bus:
         with pytest.raises(BrokerUnreachable, match="accepted the connection but did not answer"):
             await bus.connected(0.5)
+
+
+async def test_a_connection_that_ends_with_its_welcome_is_made_again(stack: AsyncExitStack) -> None:
+    port = await _impostor(stack, b"\x20\x02\x00\x00", hangs_up=True)
+    states: list[BusState] = []
+    tried_again = asyncio.Event()
+
+    def note(state: BusState) -> None:
+        states.append(state)
+        if states.count(BusState.CONNECTING) == 5:
+            tried_again.set()
+
+    await stack.enter_async_context(_bus(port, "one", on_state=note))
+    await asyncio.wait_for(tried_again.wait(), PATIENCE_S)
 
 
 @pytest.mark.parametrize("kind", ["amqtt", "mosquitto"])
@@ -250,13 +266,13 @@ def _cut(bus: MqttBus) -> None:
     sock.shutdown(socket.SHUT_RDWR)
 
 
-def _connect_packet(client_id: bytes, keepalive_s: int, will: tuple[str, bytes] | None) -> bytes:
+def _connect_packet(client_id: bytes, keepalive_s: int, will: tuple[str, bytes] | None, *, clean: bool = True) -> bytes:
     """A CONNECT of MQTT 3.1.1 by hand, for a client that then does nothing."""
 
     def field(value: bytes) -> bytes:
         return len(value).to_bytes(2, "big") + value
 
-    flags = 0x02 | (0x04 | 0x20 if will else 0)
+    flags = (0x02 if clean else 0) | (0x04 | 0x20 if will else 0)
     body = field(b"MQTT") + bytes([4, flags]) + keepalive_s.to_bytes(2, "big") + field(client_id)
     if will:
         body += field(will[0].encode()) + field(will[1])
@@ -266,6 +282,17 @@ def _connect_packet(client_id: bytes, keepalive_s: int, will: tuple[str, bytes] 
         encoded += bytes([digit | (0x80 if length else 0)])
         if not length:
             return b"\x10" + encoded + body
+
+
+async def _packet(reader: asyncio.StreamReader) -> tuple[int, bytes]:
+    """The first byte of the next MQTT packet, and its body."""
+    first, length, shift = (await reader.readexactly(1))[0], 0, 0
+    while True:
+        digit = (await reader.readexactly(1))[0]
+        length |= (digit & 0x7F) << shift
+        shift += 7
+        if not digit & 0x80:
+            return first, await reader.readexactly(length)
 
 
 async def test_a_client_that_falls_silent_is_taken_for_gone(broker: RealBroker, stack: AsyncExitStack) -> None:
@@ -286,6 +313,40 @@ async def test_two_clients_of_one_id_take_turns_slowly(broker: RealBroker, stack
     sleeping = asyncio.create_task(asyncio.sleep(2))
     await sleeping
     assert 2 <= one.connections + two.connections <= 30
+
+
+async def test_two_clients_of_one_id_never_lock_each_other_out(broker: RealBroker, stack: AsyncExitStack) -> None:
+    turns = [asyncio.Semaphore(0) for _ in range(2)]
+    for turn in turns:
+        will = Will(topic=PRESENCE, message=_presence("same", "offline"), parameters={"agent": "same"})
+        bus = _bus(broker.port, "same", persistent=True, will=will, backoff_first_s=0.02)
+        await bus.subscribe(PRESENCE, Recorder(), agent="same")
+
+        async def announce(bus: MqttBus = bus, turn: asyncio.Semaphore = turn) -> None:
+            turn.release()
+            await bus.publish(PRESENCE, _presence("same"), agent="same")
+
+        bus.add_on_connect(announce)
+        await stack.enter_async_context(bus)
+    for _ in range(8):
+        for turn in turns:
+            # Less than the 5 s after which a publish or a connect gives up, and so hides that nobody answers
+            await asyncio.wait_for(turn.acquire(), 4)
+
+
+async def test_a_client_is_heard_before_it_acknowledges(broker: RealBroker, stack: AsyncExitStack) -> None:
+    sender = await _connected(stack, broker.port, "sender")
+    await sender.publish(PRESENCE, _presence("pi-1"), agent="pi-1")
+    reader, writer = await asyncio.open_connection(HOST, broker.port)
+    stack.callback(writer.close)
+    writer.write(_connect_packet(b"pi-1", 60, None))
+    for topic in (PRESENCE, ORDERS):  # the first has a retained message, which is never acknowledged
+        address = topic.at(site=SITE, agent="pi-1").encode()
+        body = b"\x00\x01" + len(address).to_bytes(2, "big") + address + b"\x01"
+        writer.write(b"\x82" + bytes([len(body)]) + body)
+        async with asyncio.timeout(2):
+            while (await _packet(reader))[0] != SUBACK:
+                pass
 
 
 async def test_who_takes_a_persistent_session_over_is_not_deaf(broker: RealBroker, stack: AsyncExitStack) -> None:
