@@ -91,7 +91,6 @@ class Outgoing:
                 cache=cache,
                 facts=facts,
             )
-            job.payload_bytes = header.payload_bytes()
             sent = await send(
                 bulk=self._bulk,
                 control=self._control,
@@ -99,8 +98,8 @@ class Outgoing:
                 receiver=order.receiver,
                 transfer=order.transfer,
                 request=order.request,
-                pieces=self._pieces(job, encode(header, cache)),
-                total_bytes=job.payload_bytes,
+                pieces=self._pieces(job, encode(header, cache, self._engine.model.transform)),
+                total_bytes=header.payload_bytes(),
                 chunk_bytes=order.chunk_bytes,
                 rate_bps=order.rate_bps,
                 expires_s=max(0.0, round(deadline_s - clock(), 3)),
@@ -132,6 +131,7 @@ class Outgoing:
             job.encode_s += seconds
             if piece is None:
                 return
+            job.payload_bytes += len(piece)
             yield piece
 
     async def _cancelled(self, job: _Job) -> None:

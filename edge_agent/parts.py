@@ -21,7 +21,6 @@ from edge_agent.kv.payload import Header
 from edge_agent.kv.reader import PayloadReader
 from edge_agent.link_quality import LinkMeter
 from edge_agent.memory import ContextStore
-from edge_agent.model.exchange import expectation
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +155,7 @@ class Parts:
 
     async def _receive(self, order: AnswerOrder, progress: Progress, transfer: str) -> Fetched:
         incoming = self._inbox.expect(transfer)
-        reader = PayloadReader(expectation(self._engine.model.manifest, self._limit_bytes))
+        reader = PayloadReader(self._engine.expectation(self._limit_bytes))
         try:
             with self._link.transferring():
                 await self._read(incoming, reader, progress, order.part_timeout_s)

@@ -117,16 +117,16 @@ def along(live: LiveContext, last: int, answer: Sequence[int]) -> Float64:
     return log_p
 
 
-def sent(manifest: Manifest, cache: Cache, rung: Recipe, *, facts: Sequence[Fact] = ()) -> bytes:
+def sent(model: Model, cache: Cache, rung: Recipe, *, facts: Sequence[Fact] = ()) -> bytes:
     """The payload of a whole cache."""
     ids = [0] * cache.entries  # only their number is on such a payload
-    header = payload_header(manifest, "0" * 32, ids, own_tokens=0, rung=rung, cache=cache, facts=facts)
-    return b"".join(encode(header, cache))
+    header = payload_header(model.manifest, "0" * 32, ids, own_tokens=0, rung=rung, cache=cache, facts=facts)
+    return b"".join(encode(header, cache, model.transform))
 
 
-def received(manifest: Manifest, payload: bytes) -> tuple[Header, Cache]:
+def received(model: Model, payload: bytes) -> tuple[Header, Cache]:
     """What a receiver with the same model makes of a payload that carries entries."""
-    header, cache = decode(payload, expectation(manifest, limit_bytes=1 << 40))
+    header, cache = decode(payload, expectation(model.manifest, 1 << 40, model.transform))
     if cache is None:
         raise ValueError("the payload carries no entries")
     return header, cache

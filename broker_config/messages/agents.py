@@ -29,17 +29,22 @@ class Rung(Struct, frozen=True, kw_only=True):
     """One step of a model's ladder, measured when the bundle was made.
 
     bits_per_element counts every header and scale byte; kl is the mean KL divergence in nats along the uncompressed
-    answer; agreement is the share of answer positions with the same argmax.
+    answer; agreement is the share of answer positions with the same argmax. transformed: receivers need the sender's
+    transform to decode it.
     """
 
     name: RungName
     bits_per_element: Annotated[float, Meta(gt=0, le=64)]
     kl: Nats
     agreement: Fraction
+    transformed: bool = False
 
 
 class ModelInfo(Struct, frozen=True, kw_only=True):
-    """The model an agent runs. Equal fingerprints exchange caches; equal tokenizers exchange token ids."""
+    """The model an agent runs. Equal fingerprints exchange caches; equal tokenizers exchange token ids.
+
+    transform: the id of the one by which it codes caches. baselines: rungs that are used only if they are named.
+    """
 
     name: Annotated[str, Meta(max_length=128)]
     fingerprint: Digest
@@ -49,7 +54,9 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     elements_per_token: Annotated[int, Meta(ge=1, le=2**24)]
     bytes_per_token_id: Annotated[int, Meta(ge=1, le=4)]
     window_tokens: Tokens
+    transform: Digest | None = None
     ladder: Annotated[tuple[Rung, ...], Meta(min_length=1, max_length=64)]
+    baselines: Annotated[tuple[Rung, ...], Meta(max_length=64)] = ()
 
 
 class Presence(Message, frozen=True, kw_only=True, tag="presence"):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from broker_config.messages import Rung
+from broker_config.messages import ModelInfo, Rung
 from coordinator.errors import RequestImpossible
 from coordinator.policy.shares import Allocation, Floats, Shares
 
@@ -20,7 +20,7 @@ from coordinator.policy.shares import Allocation, Floats, Shares
 class PressureCaps:
     """Bits per element at most, from a memory pressure on. Below the first threshold there is no cap."""
 
-    steps: tuple[tuple[float, float], ...] = ((0.70, 9.0), (0.80, 6.5), (0.90, 4.5))
+    steps: tuple[tuple[float, float], ...] = ((0.70, 2.5), (0.80, 1.6), (0.90, 1.1))
 
     def at_most(self, pressure: float) -> float:
         """The largest allowed bits per element at this pressure; infinite without a cap."""
@@ -36,6 +36,12 @@ def allowed_rungs(ladder: Sequence[Rung], floor: float, pressure: float, caps: P
         if not allowed or rung.kl < allowed[-1].kl:
             allowed.append(rung)
     return tuple(allowed)
+
+
+def common_rungs(rungs: Sequence[Rung], sender: ModelInfo, receiver: ModelInfo) -> tuple[Rung, ...]:
+    """Those of a sender's rungs that a receiver can decode."""
+    same = sender.transform is not None and sender.transform == receiver.transform
+    return tuple(rung for rung in rungs if same or not rung.transformed)
 
 
 def named_rung(ladder: Sequence[Rung], name: str, pressure: float, caps: PressureCaps) -> tuple[Rung, ...]:

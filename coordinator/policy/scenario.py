@@ -20,7 +20,7 @@ from coordinator.fleet import (
     resolve_source,
 )
 from coordinator.latency import HEADER_BYTES, TIE_FRACTION, Link, RequestTerms, Scenario, usable
-from coordinator.policy.rungs import PressureCaps, allowed_rungs, named_rung, why_no_rung
+from coordinator.policy.rungs import PressureCaps, allowed_rungs, common_rungs, named_rung, why_no_rung
 
 LEAST_FREE = 0.05
 """A round that comes while a channel is full is planned as if a twentieth were free: what is in flight will end."""
@@ -148,11 +148,14 @@ def _link(
         raise RequestImpossible(f"no telemetry of {agent} or {request.receiver} yet; ask again in a few seconds")
     pressure = max(sent.memory.pressure, received.memory.pressure)
     rate_bps = link_bps(fleet, agent, request.receiver)
+    ladder, baselines = (
+        common_rungs(rungs, model, _model(fleet, request.receiver)) for rungs in (model.ladder, model.baselines)
+    )
     if request.rung is None:
-        rungs = allowed_rungs(model.ladder, request.quality_floor, pressure, caps)
+        rungs = allowed_rungs(ladder, request.quality_floor, pressure, caps)
         without = why_no_rung(request.quality_floor, pressure, caps)
     else:
-        rungs = named_rung(model.ladder, request.rung, pressure, caps)
+        rungs = named_rung((*ladder, *baselines), request.rung, pressure, caps)
         without = f"rung {request.rung} is too large under memory pressure {pressure:.2f}: sent as text"
     notes = {
         "link not measured yet: sent as text": rate_bps is None,

@@ -12,6 +12,7 @@ A slice's body: u32 first position, u32 tokens, then by codec
     float32, fp16   keys then values of every sent layer, (kv_heads, tokens, head_dim) each
     affine          float32 (sent layers, 2, 2): minimum and maximum of keys, of values; then the codes, bit-packed: of
                     the layers of each width together, widths rising, layers rising, keys then values of each
+    klt             the symbols of the transform that the header names, at its level (see kv.coded)
 """
 
 from __future__ import annotations
@@ -27,15 +28,18 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from broker_config.messages.base import Digest, RungName, Tokens
-from edge_agent.errors import CacheInvalid, PayloadRejected
+from edge_agent.errors import CacheInvalid, PayloadRejected, RecipeInvalid
 from edge_agent.facts.fact import MAX_FACTS, Fact
+from edge_agent.kv import coded
 from edge_agent.kv.bitpack import pack, packed_bytes, unpack
 from edge_agent.kv.cache import Cache, Float32, Layer
+from edge_agent.kv.entropy import most_bytes
 from edge_agent.kv.quantize import Quantized, dequantize, quantize
 from edge_agent.kv.recipe import Codec
+from edge_agent.kv.transform import LEVELS, Transform
 
 MAGIC = b"KVB1"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 SLICE_MARK, TRAILER_MARK = b"S", b"T"
 DIGEST_BYTES, FINAL_DIGEST_BYTES = 16, 32
 MAX_HEADER_BYTES = 1 << 20
@@ -55,8 +59,9 @@ class Shape(Struct, frozen=True, kw_only=True):
 class Header(Struct, frozen=True, kw_only=True):
     """The payload's header. tokens is of the whole context; own_ids are its first tokens, id_bytes each.
 
-    widths: with codec "affine", the bits of each sent layer; else empty. facts: what the sender says of the context
-    beside its cache, for the receiver to put before the question.
+    widths: with codec "affine", the bits of each sent layer; else empty. transform, level: with codec "klt" alone, its
+    id and how coarsely its components are quantized. facts: what the sender says of the context beside its cache, for
+    the receiver to put before the question.
     """
 
     format_version: Annotated[int, Meta(ge=FORMAT_VERSION, le=FORMAT_VERSION)] = FORMAT_VERSION
@@ -69,7 +74,8 @@ class Header(Struct, frozen=True, kw_only=True):
     codec: Codec
     widths: Annotated[tuple[Annotated[int, Meta(ge=1, le=8)], ...], Meta(max_length=512)] = ()
     rung: RungName
-    transform: str | None = None
+    transform: Digest | None = None
+    level: Annotated[int, Meta(ge=0, lt=LEVELS)] | None = None
     slice_tokens: Annotated[int, Meta(ge=1, le=65_536)]
     tokens: Tokens
     id_bytes: Annotated[int, Meta(ge=1, le=4)]
@@ -91,14 +97,23 @@ class Header(Struct, frozen=True, kw_only=True):
             for start in range(self.own_tokens, self.tokens, self.slice_tokens)
         ]
 
-    def body_bytes(self, tokens: int) -> int:
-        """Size of the body of a slice of so many tokens."""
+    def body_bytes(self, tokens: int) -> int | None:
+        """Size of the body of a slice of so many tokens; None if that depends on what is in it."""
         of_a_layer = 2 * self.shape.kv_heads * self.shape.head_dim * tokens
         sent = len(self.shape.sent_layers)
+        if self.codec == "klt":
+            return None
         if self.codec == "affine":
             codes = sum(packed_bytes(len(places) * of_a_layer, bits) for bits, places in self.places_by_width())
             return 8 + 16 * sent + codes
         return 8 + sent * of_a_layer * (4 if self.codec == "float32" else 2)
+
+    def body_limit_bytes(self, tokens: int) -> int:
+        """What the body of such a slice never exceeds."""
+        exact = self.body_bytes(tokens)
+        if exact is not None:
+            return exact
+        return 8 + most_bytes(2 * len(self.shape.sent_layers) * self.shape.kv_heads * self.shape.head_dim * tokens)
 
     def places_by_width(self) -> list[tuple[int, list[int]]]:
         """(bits, places in sent_layers of the layers that have so many), bits rising."""
@@ -109,10 +124,15 @@ class Header(Struct, frozen=True, kw_only=True):
         per_token = 2 * len(self.shape.sent_layers) * self.shape.kv_heads * self.shape.head_dim * 4
         return per_token * (self.tokens - self.own_tokens)
 
-    def payload_bytes(self) -> int:
-        """Exact size of the whole payload, known before a slice is coded."""
-        slices = sum(5 + self.body_bytes(tokens) + DIGEST_BYTES for _, tokens in self.slice_starts())
-        return len(MAGIC) + 4 + len(_pack_header(self)) + DIGEST_BYTES + slices + 5 + FINAL_DIGEST_BYTES
+    def payload_bytes(self) -> int | None:
+        """Exact size of the whole payload, if it is known before a slice is coded."""
+        total = len(MAGIC) + 4 + len(_pack_header(self)) + DIGEST_BYTES + 5 + FINAL_DIGEST_BYTES
+        for _, tokens in self.slice_starts():
+            body = self.body_bytes(tokens)
+            if body is None:
+                return None
+            total += 5 + body + DIGEST_BYTES
+        return total
 
 
 def pack_ids(ids: list[int], id_bytes: int) -> bytes:
@@ -120,11 +140,13 @@ def pack_ids(ids: list[int], id_bytes: int) -> bytes:
     return np.asarray(ids, dtype=f"<u{id_bytes}").tobytes()
 
 
-def encode(header: Header, cache: Cache | None) -> Iterator[bytes]:
+def encode(header: Header, cache: Cache | None, transform: Transform | None = None) -> Iterator[bytes]:
     """The payload piece by piece: header, each slice as soon as it is coded, trailer.
 
-    cache must cover positions [own_tokens, tokens) in every sent layer (None when there is nothing to send).
-    Raises CacheInvalid for a cache that doesn't, or that holds a NaN, an infinity, or what fp16 can't hold.
+    cache must cover positions [own_tokens, tokens) in every sent layer (None when there is nothing to send); transform
+    is the one that the header names, if it does.
+    Raises RecipeInvalid without that, CacheInvalid for a cache that doesn't cover them, or that holds a NaN, an
+    infinity, or what fp16 can't hold.
     """
     digest = hashlib.blake2b(digest_size=FINAL_DIGEST_BYTES)
     packed = _pack_header(header)
@@ -135,7 +157,8 @@ def encode(header: Header, cache: Cache | None) -> Iterator[bytes]:
     for start, tokens in starts:
         if cache is None:
             raise CacheInvalid("the header announces slices, but no cache is given")
-        body = struct.pack("<II", start, tokens) + _encode_slice(header, cache.between(start, start + tokens), tokens)
+        part = cache.between(start, start + tokens)
+        body = struct.pack("<II", start, tokens) + _encode_slice(header, part, tokens, transform)
         piece = SLICE_MARK + struct.pack("<I", len(body)) + body + _digest(body)
         digest.update(piece)
         yield piece
@@ -144,8 +167,8 @@ def encode(header: Header, cache: Cache | None) -> Iterator[bytes]:
     yield closing + digest.digest()
 
 
-def decode_slice(header: Header, body: bytes | memoryview) -> Cache:
-    """One slice's body as a cache, in which layers that were not sent are empty.
+def decode_slice(header: Header, body: bytes | memoryview, transform: Transform | None = None) -> Cache:
+    """One slice's body as a cache, in which layers that were not sent are empty. transform: the header's, if any.
 
     Raises PayloadRejected if a field is out of range or a size does not add up.
     """
@@ -154,6 +177,13 @@ def decode_slice(header: Header, body: bytes | memoryview) -> Cache:
     shape = header.shape
     dims = (shape.kv_heads, tokens, shape.head_dim)
     positions = np.arange(start, start + tokens, dtype=np.int32)
+    if header.codec == "klt":
+        transform, level = _transform(header, transform)
+        sent = dict.fromkeys(shape.sent_layers, tokens)
+        symbols = coded.unpack(transform, level, data, sent)
+        return coded.cache_of(
+            transform, level, symbols, kv_heads=shape.kv_heads, positions=dict.fromkeys(shape.sent_layers, positions)
+        )
     tensors = _decode_affine(header, data, dims) if header.codec == "affine" else _decode_float(header, data, dims)
     nothing = np.zeros((shape.kv_heads, 0, shape.head_dim), dtype=np.float32)
     layers = [Layer(nothing, nothing, positions[:0])] * shape.layers
@@ -162,13 +192,17 @@ def decode_slice(header: Header, body: bytes | memoryview) -> Cache:
     return Cache(tuple(layers))
 
 
-def _encode_slice(header: Header, part: Cache, tokens: int) -> bytes:
+def _encode_slice(header: Header, part: Cache, tokens: int, transform: Transform | None) -> bytes:
     tensors: list[Float32] = []
     for index in header.shape.sent_layers:
         layer = part.layers[index]
         if layer.entries != tokens:
             raise CacheInvalid(f"layer {index} has {layer.entries} of the {tokens} entries to be sent")
         tensors += [layer.keys, layer.values]
+    if header.codec == "klt":
+        transform, level = _transform(header, transform)
+        symbols = coded.symbols_of(transform, level, part, header.shape.sent_layers)
+        return coded.pack(transform, level, symbols)
     if header.codec == "affine":
         quantized = [quantize(tensor, header.widths[place // 2]) for place, tensor in enumerate(tensors)]
         pieces = [np.array([(q.minimum, q.maximum) for q in quantized], dtype="<f4").tobytes()]
@@ -183,6 +217,12 @@ def _encode_slice(header: Header, part: Cache, tokens: int) -> bytes:
             raise CacheInvalid("a cache to be sent holds a value that fp16 can't; use float32 or fewer bits")
         return b"".join(tensor.astype("<f2").tobytes() for tensor in tensors)
     return b"".join(tensor.astype("<f4", copy=False).tobytes() for tensor in tensors)
+
+
+def _transform(header: Header, given: Transform | None) -> tuple[Transform, int]:
+    if given is None or header.level is None or given.id != header.transform:
+        raise RecipeInvalid(f"rung {header.rung} needs the transform {header.transform} of the model's bundle")
+    return given, header.level
 
 
 def _decode_float(header: Header, data: memoryview, dims: tuple[int, int, int]) -> list[Float32]:

@@ -25,13 +25,16 @@ from edge_agent.kv.payload import (
     Shape,
     decode_slice,
 )
+from edge_agent.kv.transform import Transform
 
 VOCABULARY_LIMIT = 2**24
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a receiver can use. limit_bytes bounds the decoded size; vocabulary bounds token ids."""
+    """What a receiver can use. limit_bytes bounds the decoded size; vocabulary bounds token ids; transform is that of
+    its bundle, if it has one.
+    """
 
     fingerprint: str
     tokenizer: str
@@ -42,6 +45,7 @@ class Expectation:
     vocabulary: int
     window_tokens: int
     limit_bytes: int
+    transform: Transform | None = None
 
 
 class PayloadReader:
@@ -110,14 +114,16 @@ class PayloadReader:
             raise PayloadRejected("slice", f"more than the {len(starts)} announced")
         start, tokens = starts[len(self.caches)]
         (length,) = struct.unpack_from("<I", self._buffer, 1)
-        if length != header.body_bytes(tokens):
-            raise PayloadRejected("slice", f"{length} bytes where its shape needs {header.body_bytes(tokens)}")
+        exact, most = header.body_bytes(tokens), header.body_limit_bytes(tokens)
+        if length < 8 or length > most or exact not in {None, length}:
+            needs = f"needs {exact}" if exact is not None else f"needs at most {most}"
+            raise PayloadRejected("slice", f"{length} bytes where its shape {needs}")
         body = self._take(5, length)
         if body is None:
             return False
         if struct.unpack_from("<II", body) != (start, tokens):
             raise PayloadRejected("slice", "stands at another position than announced")
-        self.caches.append(decode_slice(header, body))
+        self.caches.append(decode_slice(header, body, self._expectation.transform))
         return True
 
     def _read_trailer(self, header: Header) -> bool:
@@ -156,8 +162,9 @@ class PayloadReader:
         shape, ours = header.shape, (expected.layers, expected.kv_heads, expected.head_dim)
         if (shape.layers, shape.kv_heads, shape.head_dim) != ours:
             raise PayloadRejected("shape", f"{(shape.layers, shape.kv_heads, shape.head_dim)}, this model has {ours}")
-        if header.transform is not None:
-            raise PayloadRejected("transform", f"{header.transform} is not known here")
+        known = expected.transform.id if expected.transform is not None else None
+        if header.transform not in {None, known}:
+            raise PayloadRejected("transform", f"{header.transform} is not known here (known: {known})")
         if header.tokens > expected.window_tokens:
             raise PayloadRejected("tokens", f"{header.tokens}, above the window of {expected.window_tokens}")
         if header.decoded_bytes() > expected.limit_bytes:
@@ -201,6 +208,9 @@ def _check_codec(header: Header) -> None:
     expected = len(header.shape.sent_layers) if header.codec == "affine" else 0
     if len(header.widths) != expected:
         raise PayloadRejected("widths", f"{len(header.widths)} where codec {header.codec} has {expected}")
+    transformed = header.transform is not None and header.level is not None
+    if transformed is not (header.codec == "klt") or (header.level is None) is not (header.transform is None):
+        raise PayloadRejected("transform", f"{header.transform} at level {header.level} with codec {header.codec}")
 
 
 def _check_layers(shape: Shape) -> None:

@@ -1,11 +1,12 @@
 """Recipes: how a cache is compressed. A ladder's rung is a recipe's name with its measured figures.
 
     float32, fp16          without loss, and half precision
+    klt0 … klt15           the bundle's transform at this level: 0 is the finest, two more double the step
     q1 … q8                every tensor at so many bits
     mix4 … mix8            30 % of the layers at 8 bits, 40 % at so many, 30 % at 4, by error (Q-KVComm)
     klmix4 … klmix8        the same, ranked by what 4 bits in a layer cost in KL divergence
 
-each with any of these, in this order
+each but the transform's with any of these, in this order
 
     -l70                   the best 70 % of the layers only, by attention and prior (Q-KVComm)
     -a50 -m50 -s25         α, γ_μ and γ_σ of that choice, in percent (these are the defaults)
@@ -27,8 +28,9 @@ from edge_agent.kv.bitpack import check_bits
 from edge_agent.kv.cache import Cache
 from edge_agent.kv.profile import Profile
 from edge_agent.kv.selection import Selection, attention_on_context, best_layers, layer_scores
+from edge_agent.kv.transform import LEVELS
 
-Codec = Literal["float32", "fp16", "affine"]
+Codec = Literal["float32", "fp16", "affine", "klt"]
 Mix = Literal["error", "divergence"]
 
 DEFAULT_SLICE_TOKENS = 128
@@ -41,6 +43,7 @@ _NAME = re.compile(
     r"|-l(?P<ratio>[1-9]\d{0,2})(-a(?P<alpha>\d{1,3}))?(-m(?P<mean>\d{1,3}))?(-s(?P<spread>\d{1,3}))?)?"
     r"(?P<whole>-whole)?"
 )
+_TRANSFORMED = re.compile(r"klt(0|[1-9]\d?)")
 _ALIAS = re.compile(r"qkvcomm-([1-9])")
 _MIXES: dict[str, Mix] = {"mix": "error", "klmix": "divergence"}
 
@@ -57,7 +60,8 @@ class Layout:
 class Recipe:
     """codec "affine" is Q-KVComm's per-tensor quantization at `bits`; one tensor is one layer's keys, or values, of a
     slice of slice_tokens tokens. float32 is lossless, fp16 rounds to half precision. mix: `bits` is the target of a
-    30/40/30 allocation by that figure of the profile. selection: only the best layers are sent.
+    30/40/30 allocation by that figure of the profile. selection: only the best layers are sent. codec "klt" is the
+    bundle's transform at `level`.
     """
 
     name: str
@@ -66,6 +70,7 @@ class Recipe:
     slice_tokens: int = DEFAULT_SLICE_TOKENS
     mix: Mix | None = None
     selection: Selection | None = None
+    level: int | None = None
 
     def layout(self, layers: int, profile: Profile | None, cache: Cache | None) -> Layout:
         """What is sent of a cache of a model with so many layers, by the model's profile.
@@ -101,12 +106,15 @@ class Recipe:
 
 def recipe(name: str) -> Recipe:
     """The recipe of a rung's name (see above). Raises RecipeInvalid for any other."""
+    transformed = _TRANSFORMED.fullmatch(name)
+    if transformed is not None and int(transformed[1]) < LEVELS:
+        return Recipe(name, "klt", 0, level=int(transformed[1]))
     alias = _ALIAS.fullmatch(name)
     match = _NAME.fullmatch(f"mix{alias[1]}-l70-whole" if alias else name)
     if match is None or (match["bits"] is None) != (match["family"] in {"float32", "fp16"}):
         raise RecipeInvalid(
-            f"unknown rung {name!r}: known are float32, fp16, q1 to q8, mix4 to mix8, klmix4 to klmix8 (with -l70 or "
-            "-k70 for 70 % of the layers, -whole for whole tensors), and qkvcomm-4 to qkvcomm-8"
+            f"unknown rung {name!r}: known are float32, fp16, klt0 to klt{LEVELS - 1}, q1 to q8, mix4 to mix8, klmix4 "
+            "to klmix8 (with -l70 or -k70 for 70 % of the layers, -whole for whole tensors), and qkvcomm-4 to qkvcomm-8"
         )
     codec, bits = _codec(match["family"], int(match["bits"] or 0))
     return Recipe(
@@ -145,6 +153,11 @@ def _codec(family: str, bits: int) -> tuple[Codec, int]:
     return "affine", check_bits(bits)
 
 
-FIRST_LADDER: tuple[Recipe, ...] = tuple(recipe(name) for name in ("float32", "fp16", "q8", "q6", "q4"))
-BASELINES: tuple[Recipe, ...] = tuple(recipe(f"qkvcomm-{target}") for target in (8, 6, 4))
+CANDIDATES: tuple[Recipe, ...] = tuple(
+    recipe(name) for name in ("float32", "fp16", "q8", *(f"klt{level}" for level in range(10)))
+)
+"""Of these a ladder keeps the ones that no other beats in all figures."""
+BASELINES: tuple[Recipe, ...] = tuple(
+    recipe(name) for name in ("q6", "q4", *(f"qkvcomm-{target}" for target in (8, 6, 4)))
+)
 """Measured with every ladder, to stand beside it; a question may ask for them by name."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from edge_agent.errors import RecipeInvalid
 from edge_agent.facts.fact import Fact
 from edge_agent.kv.cache import Cache
 from edge_agent.kv.payload import Header, Shape, pack_ids
 from edge_agent.kv.reader import Expectation
 from edge_agent.kv.recipe import Layout, Recipe
+from edge_agent.kv.transform import Transform
 from edge_agent.model.manifest import Manifest
 
 
@@ -39,6 +41,8 @@ def payload_header(
         shape=Shape(layers=layers, kv_heads=manifest.kv_heads, head_dim=manifest.head_dim, sent_layers=layout.layers),
         codec=rung.codec,
         widths=layout.widths,
+        transform=_transform_id(manifest, rung) if rung.codec == "klt" else None,
+        level=rung.level,
         rung=rung.name,
         slice_tokens=rung.slice_tokens,
         tokens=len(ids),
@@ -48,8 +52,14 @@ def payload_header(
     )
 
 
-def expectation(manifest: Manifest, limit_bytes: int) -> Expectation:
-    """What payloads this model can use; limit_bytes bounds their decoded size."""
+def _transform_id(manifest: Manifest, rung: Recipe) -> str:
+    if manifest.transform is None:
+        raise RecipeInvalid(f"{rung.name} needs a transform, which the bundle of {manifest.name} lacks")
+    return manifest.transform
+
+
+def expectation(manifest: Manifest, limit_bytes: int, transform: Transform | None = None) -> Expectation:
+    """What payloads this model can use; limit_bytes bounds their decoded size. transform: the bundle's."""
     return Expectation(
         fingerprint=manifest.fingerprint,
         tokenizer=manifest.tokenizer_digest,
@@ -60,4 +70,5 @@ def expectation(manifest: Manifest, limit_bytes: int) -> Expectation:
         vocabulary=manifest.vocabulary,
         window_tokens=manifest.window_tokens,
         limit_bytes=limit_bytes,
+        transform=transform,
     )

@@ -20,7 +20,7 @@ from broker_config.messages.base import Digest
 from edge_agent.errors import BundleInvalid
 from edge_agent.kv.profile import Profile
 
-MANIFEST_VERSION = 3
+MANIFEST_VERSION = 4
 MANIFEST_NAME = "manifest.json"
 
 Positive = Annotated[int, Meta(ge=1, le=2**31)]
@@ -84,7 +84,8 @@ class Manifest(Struct, frozen=True, kw_only=True):
     """manifest.json.
 
     fingerprint is of the source tensors, configuration, rope and tokenizer, never of the ONNX file. rotary holds the
-    inverse frequencies (float32 values, head_dim/2 of them) of each distinct rotary embedding of the model.
+    inverse frequencies (float32 values, head_dim/2 of them) of each distinct rotary embedding of the model. transform:
+    the id of the one in the bundle, if it has one. ladder: most faithful first; baselines: rungs measured beside it.
     """
 
     manifest_version: Annotated[int, Meta(ge=MANIFEST_VERSION, le=MANIFEST_VERSION)] = MANIFEST_VERSION
@@ -105,8 +106,10 @@ class Manifest(Struct, frozen=True, kw_only=True):
     eos_ids: tuple[int, ...]
     prompt: Prompt
     ladder: tuple[Rung, ...]
+    baselines: tuple[Rung, ...] = ()
     ladder_measured_on: str
     profile: Profile | None = None
+    transform: Digest | None = None
     files: tuple[FileEntry, ...]
     made_with: dict[str, str]
 
@@ -132,7 +135,9 @@ class Manifest(Struct, frozen=True, kw_only=True):
             elements_per_token=self.elements_per_token,
             bytes_per_token_id=2 if self.vocabulary <= 2**16 else 4,
             window_tokens=self.window_tokens,
+            transform=self.transform,
             ladder=self.ladder,
+            baselines=self.baselines,
         )
 
 

@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from edge_agent.errors import ContextEmpty, ContextTooLong, ModelFailed, ModelUnsupported
+from edge_agent.errors import BundleInvalid, ContextEmpty, ContextTooLong, ModelFailed, ModelUnsupported
 from edge_agent.kv.cache import Cache, Float32, Int32, Layer
+from edge_agent.kv.transform import TRANSFORM_FILE, Transform
 from edge_agent.model.attention import Queries, among_the_last, attention_mass
 from edge_agent.model.buffer import Buffer, Form
 from edge_agent.model.kernels import products_saturate
@@ -91,6 +92,7 @@ class Model:
         self.manifest: Manifest = read_manifest(bundle)
         self.prefill_chunk = prefill_chunk
         self.session = (runtime or Runtime()).session(bundle / self.manifest.model_file)
+        self.transform = self._transform(bundle)
         self._check_graph()
         self._rotation = Runtime().session(bundle / ROTATION_FILE)
         self._frequencies = [np.array(row, dtype=np.float32) for row in self.manifest.rotary]
@@ -98,6 +100,16 @@ class Model:
             (i, layer.sliding_window) for i, layer in enumerate(self.manifest.layers) if layer.sliding_window
         ]
         self.form = Form(len(self.manifest.layers), self.manifest.kv_heads, self.manifest.head_dim)
+
+    def _transform(self, bundle: Path) -> Transform | None:
+        """The bundle's transform of caches. Raises BundleInvalid if it is not the manifest's."""
+        if self.manifest.transform is None:
+            return None
+        transform = Transform.load(bundle / TRANSFORM_FILE)
+        layers, width = len(self.manifest.layers), 2 * self.manifest.kv_heads * self.manifest.head_dim
+        if (transform.id, transform.layers, transform.width) != (self.manifest.transform, layers, width):
+            raise BundleInvalid(f"{bundle / TRANSFORM_FILE} is not the transform of this model; prepare it again")
+        return transform
 
     def _check_graph(self) -> None:
         """Refuse by name what the graph lacks."""

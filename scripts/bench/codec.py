@@ -10,17 +10,17 @@ from pathlib import Path
 import numpy as np
 from msgspec import Struct
 
-from edge_agent.kv.cache import Cache
-from edge_agent.kv.payload import encode
-from edge_agent.kv.reader import decode
-from edge_agent.kv.recipe import FIRST_LADDER, Recipe
-from edge_agent.model.exchange import expectation, payload_header
-from edge_agent.model.manifest import Manifest
+from edge_agent.kv.recipe import recipe
 from edge_agent.model.session import Model, Runtime
 from edge_agent.model.text import Text
+from scripts import relay
 from scripts.bench.measure import Timed, in_turn
 
 TOKENS = 512
+RUNGS = tuple(
+    recipe(name)
+    for name in ("float32", "fp16", "q8", "q4", "qkvcomm-6", "klt0", "klt2", "klt4", "klt5", "klt6", "klt8")
+)
 
 
 class CodecRow(Struct, frozen=True, kw_only=True):
@@ -44,23 +44,20 @@ class CodecBench(Struct, frozen=True, kw_only=True):
 
 
 def codec_bench(bundle: Path, texts: list[str], *, threads: int, repeats: int) -> CodecBench:
-    """Encode and decode of TOKENS tokens of real text for every rung of the first ladder, and two peers."""
+    """Encode and decode of TOKENS tokens of real text at each of RUNGS, and a peer."""
     model = Model(bundle, Runtime(threads=threads))
     text = Text(bundle, model.manifest)
     ids = text.ids(" ".join(texts))[:TOKENS]
-    prefix = model.new_context()
-    prefix.prefill(model.manifest.prompt.prefix_ids)
-    live = prefix.fork()
-    live.prefill(ids)
-    cache = live.extract(prefix.next_position, live.next_position)
-    made = {recipe.name: _encode(model.manifest, cache, recipe) for recipe in FIRST_LADDER}
+    prefix = relay.after_prefix(model)
+    cache = relay.read_context(prefix, ids)
+    made = {rung.name: relay.sent(model, cache, rung) for rung in RUNGS}
     halves = [array.astype(np.float16) for layer in cache.layers for array in (layer.keys, layer.values)]
     raw = b"".join(array.tobytes() for array in halves)
     deflated = zlib.compress(raw, 1)
     work: dict[str, Callable[[], object]] = {"prefill": lambda: prefix.fork().prefill(ids)}
-    for recipe in FIRST_LADDER:
-        work[f"encode {recipe.name}"] = partial(_encode, model.manifest, cache, recipe)
-        work[f"decode {recipe.name}"] = partial(_decode, model.manifest, made[recipe.name])
+    for rung in RUNGS:
+        work[f"encode {rung.name}"] = partial(relay.sent, model, cache, rung)
+        work[f"decode {rung.name}"] = partial(relay.received, model, made[rung.name])
     work |= {
         "encode fp16 + zlib 1": lambda: zlib.compress(raw, 1),
         "decode fp16 + zlib 1": lambda: np.frombuffer(zlib.decompress(deflated), np.float16).astype(np.float32),
@@ -84,12 +81,3 @@ def codec_bench(bundle: Path, texts: list[str], *, threads: int, repeats: int) -
             for name, size in sizes.items()
         ),
     )
-
-
-def _encode(manifest: Manifest, cache: Cache, recipe: Recipe) -> bytes:
-    header = payload_header(manifest, "0" * 32, [0] * cache.entries, own_tokens=0, rung=recipe)
-    return b"".join(encode(header, cache))
-
-
-def _decode(manifest: Manifest, data: bytes) -> Cache | None:
-    return decode(data, expectation(manifest, 1 << 34))[1]

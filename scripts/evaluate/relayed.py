@@ -13,6 +13,7 @@ from edge_agent.errors import ContextTooLong
 from edge_agent.facts import Extractor, Fact, summary, within
 from edge_agent.kv.cache import Cache
 from edge_agent.kv.calibration import Calibration, apply
+from edge_agent.kv.payload import encode
 from edge_agent.kv.recipe import recipe
 from edge_agent.model.exchange import payload_header
 from edge_agent.model.session import LiveContext, Model, Runtime
@@ -143,7 +144,7 @@ class Pair:
         start = time.perf_counter()
         facts = case.facts if method.facts else ()
         if method.recipe is not None:
-            payload = relay.sent(self._sender.manifest, case.cache, method.recipe, facts=facts)
+            payload = relay.sent(self._sender, case.cache, method.recipe, facts=facts)
             encoded = time.perf_counter()
             live = self._placed(case, payload)
             decode_s = time.perf_counter() - encoded
@@ -159,11 +160,11 @@ class Pair:
         """Size of a payload that carries a context as token ids, or nothing but facts."""
         manifest = self._receiver.manifest
         header = payload_header(manifest, "0" * 32, ids, own_tokens=len(ids), rung=recipe("float32"), facts=facts)
-        return header.payload_bytes()
+        return len(b"".join(encode(header, None)))
 
     def _placed(self, case: Case, payload: bytes) -> LiveContext:
         """The receiver with the received cache behind its prefix."""
-        cache = relay.received(self._sender.manifest, payload)[1]
+        cache = relay.received(self._sender, payload)[1]
         if self._calibration is not None:
             cache = apply(cache, self._calibration)
         return relay.behind(self._prefix, cache, case.cache.entries)

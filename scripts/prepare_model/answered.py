@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from msgspec import Struct
+
 from edge_agent.model.session import Model, Runtime
 from edge_agent.model.text import Text
 from scripts import relay
@@ -24,6 +26,23 @@ MAX_ANSWER_POSITIONS = 16
 _WINDOW_SHARE = 0.5
 
 
+class Asked(Struct, frozen=True, kw_only=True):
+    """A context with a question, as token ids."""
+
+    context: tuple[int, ...]
+    question: tuple[int, ...]
+
+
+def question_for(index: int) -> str:
+    """The question that the passage of this number is asked."""
+    return QUESTIONS[index % len(QUESTIONS)]
+
+
+def passage_tokens(window_tokens: int, prefix_tokens: int) -> int:
+    """How many tokens a passage may have as a context behind the prefix."""
+    return max(8, min(MAX_PASSAGE_TOKENS, int(window_tokens * _WINDOW_SHARE) - prefix_tokens))
+
+
 class Answered:
     """Passages under a bundle's graph, a reference for each as it is asked for. threads: 0 is one per core."""
 
@@ -40,13 +59,12 @@ class Answered:
     def __iter__(self) -> Iterator[relay.Reference]:
         for index, passage in enumerate(self._passages):
             cache = relay.read_context(self.prefix, self._fitting(passage))
-            question = self._text.question_ids(QUESTIONS[index % len(QUESTIONS)])
+            question = self._text.question_ids(question_for(index))
             yield relay.uncompressed(self.model, self._text, self.prefix, cache, question, most=MAX_ANSWER_POSITIONS)
 
     def _fitting(self, passage: str) -> list[int]:
         """Ids of a passage as a context, whole words of it, as many as fit."""
-        room = int(self.manifest.window_tokens * _WINDOW_SHARE) - self.prefix.entries
-        most = max(8, min(MAX_PASSAGE_TOKENS, room))
+        most = passage_tokens(self.manifest.window_tokens, self.prefix.entries)
         ids = self._text.context_ids(passage)
         while len(ids) > most and len(words := passage.split()) > 1:
             passage = " ".join(words[: min(len(words) - 1, len(words) * most // len(ids))])

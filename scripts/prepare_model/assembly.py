@@ -14,6 +14,7 @@ import tokenizers
 from broker_config.messages import Rung
 from edge_agent.errors import AgentError
 from edge_agent.kv.profile import Profile
+from edge_agent.kv.transform import TRANSFORM_FILE, Transform
 from edge_agent.model.manifest import MANIFEST_NAME, FileEntry, Manifest, Precision, Prompt, file_digest
 from edge_agent.model.text import Text
 from scripts.prepare_model import cache, calibration, ladder, profile, quality, source
@@ -48,7 +49,7 @@ def make(
             f"under {root}; make room, or point {cache.CACHE_VARIABLE} at another disk"
         )
     _require_export_packages(versions)
-    export = export_place(found, versions, root)
+    export = export_place(found, texts, versions, root)
     exported = ensure_export(found, texts, export, root=root, clock=clock)
     with cache.scratch(target) as scratch:
         manifests = _rewritten(found, exported, texts, versions=versions, export=export, scratch=scratch, clock=clock)
@@ -79,9 +80,9 @@ def make(
     return manifest
 
 
-def export_place(found: Source, versions: Mapping[str, str], root: Path) -> Path:
-    """Where the cache keeps the export of a source."""
-    return cache.export_path(root, found.name, cache.export_key(found.key, calibration.SAMPLING, versions))
+def export_place(found: Source, texts: Texts, versions: Mapping[str, str], root: Path) -> Path:
+    """Where the cache keeps the export of a source, with the transform that was fitted to the texts."""
+    return cache.export_path(root, found.name, cache.export_key(found.key, texts.digest, versions))
 
 
 def ensure_export(found: Source, texts: Texts, export: Path, *, root: Path, clock: Clock) -> Exported:
@@ -94,7 +95,7 @@ def ensure_export(found: Source, texts: Texts, export: Path, *, root: Path, cloc
         made.mkdir()
         work.mkdir()
         gguf = _bring_source(found, root, work, made, clock)
-        exported = run_worker(_job(found, texts, gguf, work=work, made=made), work / "log.txt", clock.stage)
+        exported = run_worker(_job(found, texts, gguf, work=work, made=made), work / "log.txt", clock)
         if not isinstance(exported, Exported):
             raise ExportFailed(f"the export of {found.name} gave {type(exported).__name__}")
         shutil.rmtree(work)
@@ -126,7 +127,7 @@ def _rewritten(
         architecture=exported.architecture,
         texts=tuple((*prompt.prefix_ids, *tokenize(tokenizer, passage)) for passage in passages),
     )
-    rewritten = run_worker(job, work / "log.txt", clock.stage)
+    rewritten = run_worker(job, work / "log.txt", clock)
     if not isinstance(rewritten, Rewritten):
         raise ExportFailed(f"the rewrite of {found.name} gave {type(rewritten).__name__}")
     shutil.rmtree(work)
@@ -190,6 +191,7 @@ def _job(found: Source, texts: Texts, gguf: Path | None, *, work: Path, made: Pa
         scratch=str(work),
         into=str(made),
         check_text=texts.passages[0],
+        passages=texts.passages,
         samples=calibration.SAMPLES,
         sample_tokens=calibration.SAMPLE_TOKENS,
         seed=calibration.SEED,
@@ -217,8 +219,9 @@ def _first_manifest(
         rotary=shape.rotary,
         eos_ids=shape.eos_ids,
         prompt=prompt,
-        ladder=tuple(Rung(name=recipe.name, bits_per_element=32, kl=0, agreement=1) for recipe in ladder.RECIPES),
+        ladder=(Rung(name="float32", bits_per_element=32, kl=0, agreement=1),),
         ladder_measured_on="nothing yet",
+        transform=Transform.load(made / TRANSFORM_FILE).id,
         files=_files(made),
         made_with={**made_with, "python": platform.python_version(), "export check": exported.check},
     )
@@ -242,7 +245,9 @@ def _with_ladder(manifest: Manifest, made: Path, passages: Sequence[str], texts:
         raise ExportFailed(f"the exported model does not run: {error}") from error
     sampled = f" and {texts.samples} texts sampled from the model" if texts.samples else ""
     said = f"{texts.origin}{sampled}: {measured.tokens} tokens, {measured.answer_positions} answer positions"
-    return msgspec.structs.replace(manifest, ladder=measured.rungs, ladder_measured_on=said)
+    return msgspec.structs.replace(
+        manifest, ladder=measured.rungs, baselines=measured.baselines, ladder_measured_on=said
+    )
 
 
 def _files(made: Path) -> tuple[FileEntry, ...]:

@@ -75,11 +75,12 @@ def exported_graph(model: str | None = None, *, root: Path | None = None) -> Pat
     """model.onnx of a model as optimum exported it, out of the cache or made now. Raises PreparationError."""
     root, clock, versions = root or cache.cache_root(), Clock(Progress()), cache.shaping_versions()
     found = source.resolve(model)
-    export = export_place(found, versions, root)
+    texts = calibration.read_texts(None)
+    export = export_place(found, texts, versions, root)
     if cache.find_export(export) is not None:
         return export / MODEL_FILE
     with cache.locked(root, lambda: None), _written(f"the export of {found.name}", root):
-        ensure_export(found, calibration.read_texts(None), export, root=root, clock=clock)
+        ensure_export(found, texts, export, root=root, clock=clock)
     return export / MODEL_FILE
 
 

@@ -30,8 +30,8 @@ from scripts.provenance import versions
 CACHE_VARIABLE = "KVBUS_CACHE"
 # Raise it when bundles made by older code must be made again though nothing else in their key changed
 # (another export, another way to measure the ladder).
-RECIPE_VERSION = 9
-EXPORT_VERSION = 3
+RECIPE_VERSION = 10
+EXPORT_VERSION = 4
 
 # What decides how the exported graph and its figures come out, and so belongs to a bundle's key.
 SHAPING_PACKAGES = ("torch", "transformers", "optimum-onnx", "onnx", "onnxruntime", "tokenizers")
@@ -80,10 +80,10 @@ def bundle_key(source_key: str, texts_digest: str, versions: Mapping[str, str], 
     )
 
 
-def export_key(source_key: str, sampling: str, versions: Mapping[str, str]) -> str:
-    """16 hexadecimal digits of a hash of everything an export is made from. sampling: how texts are drawn from it."""
+def export_key(source_key: str, texts_digest: str, versions: Mapping[str, str]) -> str:
+    """16 hexadecimal digits of a hash of everything an export and its transform are made from."""
     made_by = (f"{name} {version}" for name, version in sorted(versions.items()) if name != "onnxruntime")
-    return _key(source_key, sampling, f"export {EXPORT_VERSION}", *made_by)
+    return _key(source_key, texts_digest, f"prompt {PROMPT_VERSION}", f"export {EXPORT_VERSION}", *made_by)
 
 
 def _key(*parts: str) -> str:

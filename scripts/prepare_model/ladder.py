@@ -13,19 +13,16 @@ from collections.abc import Callable, Sequence
 from msgspec import Struct
 
 from broker_config.messages import Rung
-from edge_agent.kv.recipe import BASELINES, FIRST_LADDER, Recipe
-from edge_agent.model.manifest import Manifest
-from edge_agent.model.session import LiveContext
+from edge_agent.kv.recipe import BASELINES, CANDIDATES, Recipe
 from scripts import relay
 from scripts.prepare_model.answered import Answered
 
-RECIPES = (*FIRST_LADDER, *BASELINES)
-
 
 class Measured(Struct, frozen=True, kw_only=True):
-    """The ladder and what it rests on."""
+    """The ladder, most faithful first, other rungs to stand beside it, and what both rest on."""
 
     rungs: tuple[Rung, ...]
+    baselines: tuple[Rung, ...]
     passages: int
     tokens: int
     answer_positions: int
@@ -39,29 +36,47 @@ class _Sum(Struct, kw_only=True):
     positions: int = 0
 
 
-def measure(answered: Answered, on_passage: Callable[[int], None], *, recipes: Sequence[Recipe] = RECIPES) -> Measured:
-    """The rungs of `recipes` on answered passages, in the given order (lossless first).
+def measure(
+    answered: Answered,
+    on_passage: Callable[[int], None],
+    *,
+    candidates: Sequence[Recipe] = CANDIDATES,
+    baselines: Sequence[Recipe] = BASELINES,
+) -> Measured:
+    """The front of the candidates on answered passages, and the baselines as they are.
 
     on_passage is called with the number of passages done.
     """
+    recipes = (*candidates, *baselines)
     sums = {recipe.name: _Sum() for recipe in recipes}
     tokens = 0
     for index, reference in enumerate(answered):
         tokens += reference.cache.entries
         for recipe in recipes:
-            _add(sums[recipe.name], answered.manifest, answered.prefix, reference, recipe)
+            _add(sums[recipe.name], answered, reference, recipe)
         on_passage(index + 1)
     return Measured(
-        rungs=tuple(_rung(name, total) for name, total in sums.items()),
+        rungs=front([_rung(recipe, sums[recipe.name]) for recipe in candidates]),
+        baselines=tuple(_rung(recipe, sums[recipe.name]) for recipe in baselines),
         passages=len(answered),
         tokens=tokens,
         answer_positions=max(total.positions for total in sums.values()),
     )
 
 
-def _add(total: _Sum, manifest: Manifest, prefix: LiveContext, reference: relay.Reference, recipe: Recipe) -> None:
-    payload = relay.sent(manifest, reference.cache, recipe)
-    live = relay.behind(prefix, relay.received(manifest, payload)[1], reference.cache.entries, room=reference.room)
+def front(rungs: Sequence[Rung]) -> tuple[Rung, ...]:
+    """The rungs that no other beats or equals in bits per element, loss and agreement at once; most bits first."""
+    kept: list[Rung] = []
+    for rung in sorted(rungs, key=lambda rung: (rung.bits_per_element, rung.kl, -rung.agreement)):
+        if not any(by.kl <= rung.kl and by.agreement >= rung.agreement for by in kept):
+            kept.append(rung)
+    return tuple(reversed(kept))
+
+
+def _add(total: _Sum, answered: Answered, reference: relay.Reference, recipe: Recipe) -> None:
+    payload = relay.sent(answered.model, reference.cache, recipe)
+    back = relay.received(answered.model, payload)[1]
+    live = relay.behind(answered.prefix, back, reference.cache.entries, room=reference.room)
     log_q = relay.along(live, relay.read_question(live, reference.question), reference.answer)
     total.payload_bits += 8 * len(payload)
     total.elements += reference.cache.elements
@@ -70,9 +85,10 @@ def _add(total: _Sum, manifest: Manifest, prefix: LiveContext, reference: relay.
     total.positions += reference.positions
 
 
-def _rung(name: str, total: _Sum) -> Rung:
+def _rung(recipe: Recipe, total: _Sum) -> Rung:
     return Rung(
-        name=name,
+        name=recipe.name,
+        transformed=recipe.codec == "klt",
         bits_per_element=round(total.payload_bits / total.elements, 4),
         kl=round(total.kl / total.positions, 9),
         agreement=round(total.agreeing / total.positions, 6),

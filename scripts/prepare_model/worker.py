@@ -12,14 +12,17 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import msgspec
 from msgspec import Struct
 
+from edge_agent.kv.transform import TRANSFORM_FILE
+from edge_agent.model.manifest import Prompt
 from edge_agent.model.signature import ROTATION_FILE
+from scripts.prepare_model.answered import Asked, passage_tokens, question_for
 from scripts.prepare_model.architecture import Architecture, describe, leading_ids, refuse_if_unsuitable
 from scripts.prepare_model.errors import (
     DiskFull,
@@ -30,13 +33,18 @@ from scripts.prepare_model.errors import (
 )
 from scripts.prepare_model.export_graph import MODEL_FILE, ExportGraph
 from scripts.prepare_model.identity import tokenizer_digest
+from scripts.prepare_model.progress import Clock
+from scripts.prepare_model.prompt import make_prompt, tokenize
 from scripts.prepare_model.weights import Weights
 
 _CHECK_TOKENS = 160
 
 
 class ExportJob(Struct, frozen=True, kw_only=True, tag="export"):
-    """Export a model. scratch: a directory of the job's own; into: where the export goes."""
+    """Export a model and fit its transform. scratch: a directory of the job's own; into: where both go.
+
+    passages: texts to fit to, beside `samples` texts that are drawn from the model itself.
+    """
 
     name: str
     gguf: str | None = None
@@ -44,6 +52,7 @@ class ExportJob(Struct, frozen=True, kw_only=True, tag="export"):
     scratch: str
     into: str
     check_text: str
+    passages: tuple[str, ...] = ()
     samples: int = 0
     sample_tokens: int = 150
     seed: int = 0
@@ -91,6 +100,13 @@ class Stage(Struct, frozen=True, kw_only=True, tag="stage"):
     title: str
 
 
+class Step(Struct, frozen=True, kw_only=True, tag="step"):
+    """So much of the stage is done."""
+
+    done: int
+    total: int
+
+
 class Failed(Struct, frozen=True, kw_only=True, tag="failed"):
     """The worker gave up. kind: the name of the error's class."""
 
@@ -98,10 +114,10 @@ class Failed(Struct, frozen=True, kw_only=True, tag="failed"):
     message: str
 
 
-Event = Exported | Rewritten | Stage | Failed
+Event = Exported | Rewritten | Stage | Step | Failed
 
 
-def run_worker(job: Job, log: Path, on_stage: Callable[[str], None]) -> Outcome:
+def run_worker(job: Job, log: Path, clock: Clock) -> Outcome:
     """Start the worker and follow it to its end. Raises PreparationError; what the libraries said is in `log`."""
     path = Path(job.scratch) / "job.json"
     path.write_bytes(msgspec.json.encode(job))
@@ -126,7 +142,7 @@ def run_worker(job: Job, log: Path, on_stage: Callable[[str], None]) -> Outcome:
         ) as process,
     ):
         try:
-            outcome = _follow(process, on_stage)
+            outcome = _follow(process, clock)
         finally:
             if process.poll() is None and sys.exc_info()[0] is not None:
                 process.kill()
@@ -135,12 +151,14 @@ def run_worker(job: Job, log: Path, on_stage: Callable[[str], None]) -> Outcome:
     raise _as_error(outcome, process.returncode, log, Path(job.scratch))
 
 
-def _follow(process: subprocess.Popen[bytes], on_stage: Callable[[str], None]) -> Outcome | Failed | None:
+def _follow(process: subprocess.Popen[bytes], clock: Clock) -> Outcome | Failed | None:
     outcome: Outcome | Failed | None = None
     for line in process.stdout or ():
         event = msgspec.json.decode(line, type=Event)
         if isinstance(event, Stage):
-            on_stage(event.title)
+            clock.stage(event.title)
+        elif isinstance(event, Step):
+            clock.progress.step(event.done, event.total)
         else:
             outcome = event
     return outcome
@@ -198,7 +216,7 @@ def export_model(job: ExportJob, say: Callable[[Event], None]) -> Exported:
     say(Stage(title="load torch and transformers"))
     import tokenizers  # noqa: PLC0415
 
-    from scripts.prepare_model import export  # noqa: PLC0415
+    from scripts.prepare_model import export, sensitivity  # noqa: PLC0415
 
     directory = Path(job.directory) if job.directory else Path(job.scratch) / "source"
     if job.gguf:
@@ -235,6 +253,19 @@ def export_model(job: ExportJob, say: Callable[[Event], None]) -> Exported:
         )
         texts = (tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in drawn)
         samples = tuple(text for text in texts if text)
+    passages = [*job.passages, *samples]
+    if passages:
+        say(Stage(title="fit the transform"))
+        prompt = make_prompt(tokenizer, leading)
+        followed = sensitivity.Followed(
+            model=model,
+            architecture=architecture,
+            prefix=prompt.prefix_ids,
+            ends=_ends(tokenizer, architecture, prompt),
+        )
+        asked = _asked(passages, tokenizer, architecture, prompt)
+        transform = followed.fit(asked, lambda done: say(Step(done=done, total=len(passages))))
+        transform.save(Path(job.into) / TRANSFORM_FILE)
     return Exported(
         fingerprint=fingerprint,
         tokenizer=digest,
@@ -243,6 +274,25 @@ def export_model(job: ExportJob, say: Callable[[Event], None]) -> Exported:
         samples=samples,
         leading_ids=leading,
     )
+
+
+def _asked(passages: Sequence[str], tokenizer: Any, shape: Architecture, prompt: Prompt) -> list[Asked]:
+    """Passages as contexts, as much of each as fits, with a question each."""
+    most = passage_tokens(shape.window_tokens, len(prompt.prefix_ids))
+    return [
+        Asked(
+            context=tokenize(tokenizer, prompt.context_format.replace("{text}", passage))[:most],
+            question=tokenize(tokenizer, prompt.question_format.replace("{question}", question_for(index))),
+        )
+        for index, passage in enumerate(passages)
+    ]
+
+
+def _ends(tokenizer: Any, shape: Architecture, prompt: Prompt) -> frozenset[int]:
+    """Tokens that end an answer: by their meaning, or because a stop stands in their text."""
+    texts = tokenizer.decode_batch([[token] for token in range(shape.vocabulary)], skip_special_tokens=False)
+    stops = (token for token, text in enumerate(texts) if any(stop in text for stop in prompt.stop))
+    return frozenset((*shape.eos_ids, *stops))
 
 
 def _first_id(model: Any, tokenizer: Any) -> int:

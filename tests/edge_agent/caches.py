@@ -12,6 +12,7 @@ from edge_agent.kv.payload import Header, Shape, pack_ids
 from edge_agent.kv.profile import Profile
 from edge_agent.kv.reader import Expectation
 from edge_agent.kv.recipe import Recipe
+from edge_agent.kv.transform import Transform
 
 FINGERPRINT, TOKENIZER, PREFIX, CONTEXT = "a" * 32, "b" * 32, "c" * 32, "d" * 32
 
@@ -35,6 +36,24 @@ def made_up(
     )
 
 
+def transform_for(cache: Cache, *, seed: int = 0, finest: float = 0.02) -> Transform:
+    """A transform for caches of this shape: any invertible one, deviations from one step to many of them.
+
+    finest: the step of level 0, in deviations of the made-up entries.
+    """
+    rng = np.random.default_rng(seed)
+    heads, _, dim = cache.layers[0].keys.shape
+    layers, width = len(cache.layers), 2 * heads * dim
+    rotations = np.linalg.qr(rng.standard_normal((layers, width, width)))[0]
+    spread = np.geomspace(1.0, 0.02, width)
+    return Transform(
+        mean=(0.1 * rng.standard_normal((layers, width))).astype(np.float32),
+        scale=np.tile(spread / finest, (layers, 1)).astype(np.float32),
+        analysis=rotations.astype(np.float16),
+        deviation=np.tile(spread / finest, (layers, 1)).astype(np.float32),
+    )
+
+
 def header_for(
     cache: Cache, rung: Recipe, *, own: int = 0, slice_tokens: int | None = None, profile: Profile | None = None
 ) -> Header:
@@ -51,6 +70,8 @@ def header_for(
         codec=rung.codec,
         widths=layout.widths,
         rung=rung.name,
+        transform=transform_for(cache).id if rung.codec == "klt" else None,
+        level=rung.level,
         slice_tokens=slice_tokens or rung.slice_tokens,
         tokens=tokens,
         id_bytes=2,
@@ -59,7 +80,7 @@ def header_for(
 
 
 def expectation_for(cache: Cache, **changes: object) -> Expectation:
-    """What a receiver expects that can use `cache`."""
+    """What a receiver expects that can use `cache`, by a transform for its shape if need be."""
     heads, _, dim = cache.layers[0].keys.shape
     fields: dict[str, object] = {
         "fingerprint": FINGERPRINT,
@@ -71,6 +92,7 @@ def expectation_for(cache: Cache, **changes: object) -> Expectation:
         "vocabulary": 1_000,
         "window_tokens": 4_096,
         "limit_bytes": 1 << 30,
+        "transform": transform_for(cache),
     }
     return Expectation(**(fields | changes))  # type: ignore[arg-type]
 

@@ -106,12 +106,12 @@ async def from_the_payload(site: Site, *numbers: int, rung: str, facts_tokens: i
     order = answer_order(*parts, max_new_tokens=12)
     await site.order(SENDER, *(order_for(part, order, RECEIVER, facts_tokens=facts_tokens) for part in parts))
     outcome = await site.answer(RECEIVER, order)
-    engine, manifest = receiver(site).engine, receiver(site).engine.model.manifest
+    engine, model = receiver(site).engine, receiver(site).engine.model
     live, told = engine.after_prefix(), []
     for number in numbers:
         cache = site.agents[SENDER].store.cache(held(site, number).context_id)
         assert cache is not None
-        header, back = relay.received(manifest, relay.sent(manifest, cache, recipe(rung)))
+        header, back = relay.received(model, relay.sent(model, cache, recipe(rung)))
         live.append(back, tokens=header.tokens)
         facts = Extractor(spacy_model=None).extract((NORTH, SOUTH)[number])
         told.append(within(facts, facts_tokens, lambda line: len(engine.text.facts_ids(line))))

@@ -17,15 +17,16 @@ from edge_agent.facts import Fact
 from edge_agent.kv.cache import Cache, Layer, concatenate
 from edge_agent.kv.payload import FORMAT_VERSION, MAGIC, encode
 from edge_agent.kv.reader import PayloadReader, decode
-from edge_agent.kv.recipe import FIRST_LADDER, recipe
-from tests.edge_agent.caches import equal, expectation_for, header_for, made_up, shapes
+from edge_agent.kv.recipe import recipe
+from tests.edge_agent.caches import equal, expectation_for, header_for, made_up, shapes, transform_for
 
-names = st.sampled_from([rung.name for rung in FIRST_LADDER] + ["q1", "q3", "q5"])
+sized = st.sampled_from(["float32", "fp16", "q1", "q3", "q4", "q5", "q6", "q8"])
+names = sized | st.sampled_from(["klt0", "klt5", "klt8", "klt15"])
 
 
 def payload(cache: Cache, name: str = "q8", *, own: int = 0, slice_tokens: int | None = None) -> bytes:
     header = header_for(cache, recipe(name), own=own, slice_tokens=slice_tokens)
-    return b"".join(encode(header, cache))
+    return b"".join(encode(header, cache, transform_for(cache)))
 
 
 @given(shapes, st.integers(1, 7), st.data())
@@ -41,7 +42,7 @@ def test_the_lossless_rung_brings_the_very_cache(shape: dict[str, int], slice_to
         assert equal(back, cache.between(own, shape["entries"]))
 
 
-@given(shapes, names, st.integers(1, 7))
+@given(shapes, sized, st.integers(1, 7))
 def test_the_size_is_known_before_anything_is_coded(shape: dict[str, int], name: str, slice_tokens: int) -> None:
     cache = made_up(**shape)
     rung = recipe(name)
@@ -73,6 +74,50 @@ def test_quantized_entries_are_within_half_a_step(shape: dict[str, int], bits: i
     for old, new in zip(cache.layers, back.layers, strict=True):
         for x, y in ((old.keys, new.keys), (old.values, new.values)):
             assert np.abs(x - y).max() <= (x.max() - x.min()) / (2**bits - 1) / 2 * 1.0001 + 1e-6
+
+
+@given(shapes, st.integers(0, 15), st.integers(1, 7))
+def test_a_transformed_cache_comes_back_as_its_symbols(shape: dict[str, int], level: int, slice_tokens: int) -> None:
+    cache = made_up(**shape)
+    transform = transform_for(cache)
+    header, back = decode(payload(cache, f"klt{level}", slice_tokens=slice_tokens), expectation_for(cache))
+    assert (header.transform, header.level, header.payload_bytes()) == (transform.id, level, None)
+    assert back is not None
+    for index, (old, new) in enumerate(zip(cache.layers, back.layers, strict=True)):
+        expected = transform.entries(index, transform.symbols(index, old, level), level, shape["heads"])
+        np.testing.assert_allclose(new.keys, expected[0], atol=1e-4)
+        np.testing.assert_allclose(new.values, expected[1], atol=1e-4)
+        assert np.array_equal(new.positions, old.positions)
+
+
+def test_without_the_transform_nothing_is_coded() -> None:
+    cache = made_up()
+    other = transform_for(cache, seed=1)
+    for transform in (None, other):
+        with pytest.raises(RecipeInvalid, match="klt3 needs the transform"):
+            b"".join(encode(header_for(cache, recipe("klt3")), cache, transform))
+    with pytest.raises(PayloadRejected, match=f"is not known here .known: {other.id}"):
+        decode(payload(cache, "klt3"), expectation_for(cache, transform=other))
+
+
+@settings(max_examples=400)
+@given(st.integers(0, 15), st.data())
+def test_a_slice_with_a_digest_of_its_own_lie_is_a_cache_or_refused(level: int, data: st.DataObject) -> None:
+    cache = made_up()
+    header = header_for(cache, recipe(f"klt{level}"))
+    pieces = list(encode(header, cache, transform_for(cache)))
+    body = bytearray(pieces[1][5:-16])
+    for _ in range(data.draw(st.integers(1, 4))):
+        body[data.draw(st.integers(8, len(body) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    lie = bytes(body[: data.draw(st.integers(8, len(body)))])
+    lie_piece = b"S" + struct.pack("<I", len(lie)) + lie + hashlib.blake2b(lie, digest_size=16).digest()
+    reader = PayloadReader(expectation_for(cache))
+    reader.feed(pieces[0])
+    try:
+        reader.feed(lie_piece)
+    except PayloadRejected:
+        return
+    reader.caches[0].check()
 
 
 @settings(max_examples=300)
@@ -145,7 +190,12 @@ def test_what_does_not_fit_the_receiver_is_refused_by_field(field: str, change: 
         ("facts", {"facts": [["keyword", "a\nQuestion: b", 1.0, 0, 1]]}),
         ("header", {"facts": [["spell", "a", 1.0, 0, 1]]}),
         ("header", {"codec": "pickle"}),
-        ("transform", {"transform": "klt-1"}),
+        ("header", {"transform": "klt-1"}),
+        ("transform", {"transform": "9" * 32}),
+        ("transform", {"level": 4}),
+        ("transform", {"codec": "klt", "widths": [], "level": 4}),
+        ("transform", {"codec": "klt", "widths": [], "transform": "9" * 32}),
+        ("header", {"codec": "klt", "widths": [], "level": 16}),
         ("header", {"tokens": -1}),
         ("own_ids", {"own_ids": b"abc"}),
         ("own_ids", {"own_ids": b"ab" * 40}),
@@ -170,7 +220,7 @@ def test_a_declared_size_is_refused_before_it_is_there() -> None:
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
-@pytest.mark.parametrize("name", ["float32", "fp16", "q4"])
+@pytest.mark.parametrize("name", ["float32", "fp16", "q4", "klt4"])
 def test_a_nan_in_a_cache_is_not_sent(poison: float, name: str) -> None:
     cache = made_up()
     cache.layers[1].values[0, 0, 0] = poison

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import json
 import os
 import re
@@ -23,15 +22,17 @@ import pytest
 from typer.testing import CliRunner
 
 from edge_agent.kv.cache import Float32
+from edge_agent.kv.transform import TRANSFORM_FILE, Transform
 from edge_agent.model.manifest import read_manifest, verify_digests
 from edge_agent.model.session import LiveContext
-from scripts.prepare_model import assembly, cache, exported_graph, prepare, quality, source
+from scripts.prepare_model import assembly, cache, exported_graph, ladder, prepare, quality, source
 from scripts.prepare_model.__main__ import app
 from scripts.prepare_model.bundle import Prepared
 from scripts.prepare_model.errors import DiskFull, ExportFailed, ModelRefused, PreparationError, SourceUnavailable
 from scripts.prepare_model.export_graph import ExportGraph
 from scripts.prepare_model.graph import storing, weights
 from scripts.prepare_model.graph.editing import Graph
+from scripts.prepare_model.progress import Clock, Progress
 from scripts.prepare_model.prompt import make_prompt, tokenize
 from scripts.prepare_model.worker import Exported, ExportJob, Job, Outcome, RewriteJob, rewrite_all, run_worker
 from tests import tiny
@@ -137,21 +138,40 @@ def test_a_bundle_is_whole_and_describes_its_model(tiny_bundle: Path) -> None:
     assert str(tiny.tiny_source().parent) not in (tiny_bundle / "manifest.json").read_text()
 
 
-def test_the_ladder_runs_from_lossless_to_tightest_with_honest_bits_and_the_papers_recipes_after_it(
-    tiny_bundle: Path,
-) -> None:
-    rungs = read_manifest(tiny_bundle).ladder
-    assert [rung.name for rung in rungs[5:]] == ["qkvcomm-8", "qkvcomm-6", "qkvcomm-4"]
-    for rung, widths in zip(rungs[5:], ((8, 4), (8, 4), (8, 4)), strict=True):  # two of the three layers are sent
-        assert sum(widths) / 3 < rung.bits_per_element < sum(widths) / 3 * 1.3 + 0.3
-        assert rung.kl > rungs[3].kl
-    ladder = rungs[:5]
-    assert [rung.name for rung in ladder] == ["float32", "fp16", "q8", "q6", "q4"]
-    assert ladder[0].kl < 1e-8
-    assert ladder[0].agreement == 1.0
-    assert all(tighter.kl > looser.kl for looser, tighter in itertools.pairwise(ladder[1:]))
-    for rung, bits in zip(ladder, (32, 16, 8, 6, 4), strict=True):
-        assert bits < rung.bits_per_element < bits * 1.3 + 0.3
+def test_the_ladder_runs_from_lossless_to_tightest_and_nothing_in_it_is_beaten(tiny_bundle: Path) -> None:
+    manifest = read_manifest(tiny_bundle)
+    lossless, *others = manifest.ladder
+    assert (lossless.name, lossless.agreement) == ("float32", 1.0)
+    assert lossless.kl < 1e-8
+    assert 32 < lossless.bits_per_element < 32 * 1.3 + 0.3
+    bits = [rung.bits_per_element for rung in manifest.ladder]
+    assert bits == sorted(bits, reverse=True)
+    assert {rung.name for rung in others if rung.transformed} == {r.name for r in others if r.name.startswith("klt")}
+    tight = [rung for rung in others if rung.transformed]
+    assert len(tight) >= 5
+    assert tight[-1].bits_per_element < 1.5
+    assert tight[-1].kl > tight[0].kl
+    assert ladder.front(manifest.ladder) == manifest.ladder
+
+
+def test_plain_widths_and_the_papers_recipes_stand_beside_the_ladder(tiny_bundle: Path) -> None:
+    baselines = {rung.name: rung for rung in read_manifest(tiny_bundle).baselines}
+    assert list(baselines) == ["q6", "q4", "qkvcomm-8", "qkvcomm-6", "qkvcomm-4"]
+    assert baselines["q4"].kl > baselines["q6"].kl
+    for name, bits in (("q6", 6), ("q4", 4), ("qkvcomm-8", 4), ("qkvcomm-6", 4), ("qkvcomm-4", 4)):
+        assert (
+            bits < baselines[name].bits_per_element < bits * 1.3 + 0.3
+        )  # of the three layers two are sent, at 8 and 4
+    assert all(baselines[name].kl > baselines["q6"].kl for name in list(baselines)[2:])
+
+
+def test_the_transform_in_a_bundle_is_the_one_it_names_whatever_the_weights(tiny_bundle: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(tiny_bundle)
+    transform = Transform.load(tiny_bundle / TRANSFORM_FILE)
+    assert (transform.id, transform.layers, transform.width) == (manifest.transform, tiny.LAYERS, 2 * 2 * 16)
+    root = tmp_path / "cache"
+    _tiny_exports(tiny_bundle, root)
+    assert _prepare(root, weights="int4").manifest.transform == manifest.transform
 
 
 def test_pieces_of_the_prompt_tokenize_alone_as_they_do_together(tiny_bundle: Path) -> None:
@@ -460,7 +480,7 @@ def test_a_graph_error_keeps_its_line_through_the_worker(tmp_path: Path, tiny_bu
         architecture=msgspec.json.decode(noted, type=Exported).architecture, texts=((1, 2, 3),),
     )  # fmt: skip
     with pytest.raises(PreparationError, match=r"the exported graph is not understood at model\.onnx") as caught:
-        run_worker(job, tmp_path / "log.txt", lambda _: None)
+        run_worker(job, tmp_path / "log.txt", Clock(Progress()))
     assert "\n" not in str(caught.value)
 
 
@@ -516,7 +536,7 @@ def _worker_that_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
     job = ExportJob(name="tiny", scratch=str(tmp_path), into=str(tmp_path), check_text="text")
-    run_worker(job, tmp_path / "log.txt", lambda _: None)
+    run_worker(job, tmp_path / "log.txt", Clock(Progress()))
 
 
 def test_a_worker_out_of_disk_is_known_by_its_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -600,9 +620,12 @@ def test_the_real_bundle_has_the_shape_of_smollm2(bundle: Path) -> None:
     assert 100 <= len(manifest.prompt.prefix_ids) <= 130
     assert "Apache License" in (bundle / "LICENSE").read_text()
     assert "Hugging Face" in (bundle / "NOTICE").read_text()
-    by_name = {rung.name: rung for rung in manifest.ladder}
+    by_name = {rung.name: rung for rung in (*manifest.ladder, *manifest.baselines)}
     assert by_name["float32"].kl == 0  # the receiver's run is the sender's own, bit for bit
-    assert by_name["q8"].kl < 0.01 < by_name["q4"].kl < 0.5
+    assert by_name["q6"].kl < 0.02 < by_name["q4"].kl < 0.5
+    within = [rung for rung in manifest.ladder if rung.kl <= 0.02]
+    assert min(rung.bits_per_element for rung in within) < 16 / 8
+    assert 8 <= len(manifest.ladder) <= 12
 
 
 @pytest.mark.bundle

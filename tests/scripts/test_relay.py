@@ -75,8 +75,8 @@ def test_nothing_of_an_answer_stays(session: Session) -> None:
 
 @pytest.mark.parametrize(("rung", "exact"), [("float32", True), ("q3", False)])
 def test_the_lossless_rung_costs_nothing_and_a_tight_one_something(session: Session, rung: str, exact: bool) -> None:
-    manifest, reference = session.model.manifest, session.reference
-    header, cache = relay.received(manifest, relay.sent(manifest, session.cache, recipe(rung)))
+    model, reference = session.model, session.reference
+    header, cache = relay.received(model, relay.sent(model, session.cache, recipe(rung)))
     assert header.tokens == session.cache.entries
     live = relay.behind(session.prefix, cache, header.tokens)
     log_q = relay.along(live, relay.read_question(live, reference.question), reference.answer)
