@@ -67,6 +67,7 @@ class Agent:
         runtime = Runtime(
             threads=compute.threads, spin=compute.spin, arena=compute.arena, flash_attention=compute.flash_attention
         )
+        runtime.share_with_numpy()
         model = await asyncio.to_thread(Model, bundle, runtime, prefill_chunk=compute.prefill_chunk_tokens)
         self._engine = Engine(model, Text(bundle, model.manifest))
         self._store = ContextStore(int(self._settings.memory.cache_budget_mb * MEGA))

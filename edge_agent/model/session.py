@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
+from threadpoolctl import threadpool_limits
 
 from edge_agent.errors import BundleInvalid, ContextEmpty, ContextTooLong, ModelFailed, ModelUnsupported
 from edge_agent.kv.cache import Cache, Float32, Int32, Layer
@@ -69,6 +70,10 @@ class Runtime:
         except Exception as error:  # noqa: BLE001 onnxruntime raises bare types of its own
             raise ModelUnsupported(f"{path} can't be loaded: {str(error).splitlines()[0]}") from None
 
+    def share_with_numpy(self) -> None:
+        """Give numpy's matrix products, by which caches are coded, as many threads as a run of the model."""
+        threadpool_limits(limits=self.threads or os.cpu_count(), user_api="blas")
+
     def options(self) -> ort.SessionOptions:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
@@ -92,8 +97,8 @@ class Model:
         self.manifest: Manifest = read_manifest(bundle)
         self.prefill_chunk = prefill_chunk
         self.session = (runtime or Runtime()).session(bundle / self.manifest.model_file)
-        self.transform = self._transform(bundle)
         self._check_graph()
+        self.transform = self._transform(bundle)
         self._rotation = Runtime().session(bundle / ROTATION_FILE)
         self._frequencies = [np.array(row, dtype=np.float32) for row in self.manifest.rotary]
         self.windows = [

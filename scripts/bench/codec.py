@@ -45,7 +45,9 @@ class CodecBench(Struct, frozen=True, kw_only=True):
 
 def codec_bench(bundle: Path, texts: list[str], *, threads: int, repeats: int) -> CodecBench:
     """Encode and decode of TOKENS tokens of real text at each of RUNGS, and a peer."""
-    model = Model(bundle, Runtime(threads=threads))
+    runtime = Runtime(threads=threads)
+    runtime.share_with_numpy()
+    model = Model(bundle, runtime)
     text = Text(bundle, model.manifest)
     ids = text.ids(" ".join(texts))[:TOKENS]
     prefix = relay.after_prefix(model)

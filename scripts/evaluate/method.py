@@ -22,9 +22,11 @@ GROUPS = {
         "fp16-l70",
         "fp16-k70",
     ),
+    "codec": (TEXT, NONE, "fp16", "q8", "q6", "q4", "mix6-whole", *(f"klt{level}" for level in range(10))),
 }
 """table: the paper's pipeline with and without facts, ours at the same size, and the baselines. parts: the pipeline's
-steps one by one, and facts beside uniform widths.
+steps one by one, and facts beside uniform widths. codec: the transform at every level of the ladder, beside plain
+widths and the paper's mix with all layers.
 """
 
 

@@ -70,6 +70,7 @@ class Pair:
         threads: int,
     ) -> None:
         runtime = Runtime(threads=threads)
+        runtime.share_with_numpy()
         self._sender = Model(bundle, runtime)
         self._receiver = Model(receiver or bundle, runtime)
         self._sender_text = Text(bundle, self._sender.manifest)

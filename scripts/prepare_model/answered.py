@@ -44,23 +44,28 @@ def passage_tokens(window_tokens: int, prefix_tokens: int) -> int:
 
 
 class Answered:
-    """Passages under a bundle's graph, a reference for each as it is asked for. threads: 0 is one per core."""
+    """Passages under a bundle's graph, a reference for each question as it is asked for. Of those of one passage, which
+    come one after another, the cache is the same object. questions: of each passage. threads: 0 is one per core.
+    """
 
-    def __init__(self, bundle: Path, passages: Sequence[str], *, threads: int = 0) -> None:
+    def __init__(self, bundle: Path, passages: Sequence[str], *, questions: int = 1, threads: int = 0) -> None:
         self.model = Model(bundle, Runtime(threads=threads or os.cpu_count() or 1))
         self.manifest = self.model.manifest
         self.prefix = relay.after_prefix(self.model)
         self._text = Text(bundle, self.manifest)
-        self._passages = tuple(passages)
+        self._passages, self._questions = tuple(passages), questions
 
     def __len__(self) -> int:
-        return len(self._passages)
+        return len(self._passages) * self._questions
 
     def __iter__(self) -> Iterator[relay.Reference]:
         for index, passage in enumerate(self._passages):
             cache = relay.read_context(self.prefix, self._fitting(passage))
-            question = self._text.question_ids(question_for(index))
-            yield relay.uncompressed(self.model, self._text, self.prefix, cache, question, most=MAX_ANSWER_POSITIONS)
+            for more in range(self._questions):
+                question = self._text.question_ids(question_for(index + len(QUESTIONS) // 2 * more))
+                yield relay.uncompressed(
+                    self.model, self._text, self.prefix, cache, question, most=MAX_ANSWER_POSITIONS
+                )
 
     def _fitting(self, passage: str) -> list[int]:
         """Ids of a passage as a context, whole words of it, as many as fit."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -26,10 +27,13 @@ from scripts.prepare_model.progress import Clock
 from scripts.prepare_model.prompt import make_prompt, tokenize
 from scripts.prepare_model.source import Source
 from scripts.prepare_model.weights import Weights
-from scripts.prepare_model.worker import Exported, ExportJob, RewriteJob, Rewritten, run_worker
+from scripts.prepare_model.worker import HALF_TRANSFORM_FILE, Exported, ExportJob, RewriteJob, Rewritten, run_worker
 
 TOKENIZER_FILE = "tokenizer.json"
 REPORT_PASSAGES, REPORT_TOKENS = 8, 160
+LADDER_QUESTIONS = 2
+"""Asked of every text that a ladder is measured on."""
+_NOT_IN_BUNDLES = frozenset({cache.EXPORT_NAME, HALF_TRANSFORM_FILE})
 
 
 def make(
@@ -73,7 +77,8 @@ def make(
             made_with=manifest.made_with | said,
         )
         _write_manifest(made, manifest)  # some rungs of the ladder read the profile in it
-        manifest = _with_ladder(manifest, made, passages, texts, clock)
+        with _transform_of(made, manifest, export / HALF_TRANSFORM_FILE):
+            manifest = _with_ladder(manifest, made, passages[1::2] or passages, clock)
         clock.stage("write the bundle")
         _write_manifest(made, manifest)
         cache.put_in_place(made, target)
@@ -135,7 +140,7 @@ def _rewritten(
     for weights in Weights:
         made = scratch / weights
         for path in export.iterdir():
-            if path.suffix not in {".onnx", ".onnx_data"} and path.name != cache.EXPORT_NAME:
+            if path.suffix not in {".onnx", ".onnx_data"} and path.name not in _NOT_IN_BUNDLES:
                 shutil.copyfile(path, made / path.name)
         how = {"int8": rewritten.forms} if weights == Weights.INT8 else {}
         manifests[weights] = _first_manifest(
@@ -237,14 +242,28 @@ def _profile(exact: Path, passages: Sequence[str], clock: Clock) -> Profile:
         raise ExportFailed(f"the exported model does not run: {error}") from error
 
 
-def _with_ladder(manifest: Manifest, made: Path, passages: Sequence[str], texts: Texts, clock: Clock) -> Manifest:
+@contextmanager
+def _transform_of(made: Path, manifest: Manifest, other: Path) -> Iterator[None]:
+    """The bundle with another transform inside the block."""
+    path = made / TRANSFORM_FILE
+    own = path.read_bytes()
+    shutil.copyfile(other, path)
+    _write_manifest(made, msgspec.structs.replace(manifest, transform=Transform.load(path).id))
+    yield
+    path.write_bytes(own)
+
+
+def _with_ladder(manifest: Manifest, made: Path, passages: Sequence[str], clock: Clock) -> Manifest:
     clock.stage("measure the ladder")
     try:
-        measured = ladder.measure(Answered(made, passages), lambda done: clock.progress.step(done, len(passages)))
+        answered = Answered(made, passages, questions=LADDER_QUESTIONS)
+        measured = ladder.measure(answered, lambda done: clock.progress.step(done, len(answered)))
     except AgentError as error:
         raise ExportFailed(f"the exported model does not run: {error}") from error
-    sampled = f" and {texts.samples} texts sampled from the model" if texts.samples else ""
-    said = f"{texts.origin}{sampled}: {measured.tokens} tokens, {measured.answer_positions} answer positions"
+    said = (
+        f"{measured.passages} texts that the transform was not fitted to: {measured.tokens} tokens, "
+        f"{measured.answer_positions} answer positions"
+    )
     return msgspec.structs.replace(
         manifest, ladder=measured.rungs, baselines=measured.baselines, ladder_measured_on=said
     )

@@ -71,16 +71,19 @@ def prepare(
     return _prepared(target, manifest, clock, found=False, removed=tuple(entry.path.name for entry in gone))
 
 
-def exported_graph(model: str | None = None, *, root: Path | None = None) -> Path:
-    """model.onnx of a model as optimum exported it, out of the cache or made now. Raises PreparationError."""
+def exported_graph(model: str | None = None, *, texts: Path | None = None, root: Path | None = None) -> Path:
+    """model.onnx of a model as optimum exported it, out of the cache or made now. Raises PreparationError.
+
+    texts: as for prepare, whose export it is.
+    """
     root, clock, versions = root or cache.cache_root(), Clock(Progress()), cache.shaping_versions()
     found = source.resolve(model)
-    texts = calibration.read_texts(None)
-    export = export_place(found, texts, versions, root)
+    passages = calibration.read_texts(texts)
+    export = export_place(found, passages, versions, root)
     if cache.find_export(export) is not None:
         return export / MODEL_FILE
     with cache.locked(root, lambda: None), _written(f"the export of {found.name}", root):
-        ensure_export(found, texts, export, root=root, clock=clock)
+        ensure_export(found, passages, export, root=root, clock=clock)
     return export / MODEL_FILE
 
 

@@ -35,6 +35,16 @@ class Moments:
         self._squares = np.zeros((layers, width, width))
         self._costs = np.zeros((layers, width, width))
 
+    def __add__(self, other: Moments) -> Moments:
+        """Of the rows of both."""
+        layers, width = self._sum.shape
+        both = Moments(layers, width)
+        both.rows, both.samples = self.rows + other.rows, self.samples + other.samples
+        both._sum = self._sum + other._sum
+        both._squares = self._squares + other._squares
+        both._costs = self._costs + other._costs
+        return both
+
     def add(self, layer: int, rows: npt.NDArray[np.float32]) -> None:
         """Rows (entries, width) of one layer."""
         wide = rows.astype(np.float64)

@@ -37,6 +37,8 @@ from scripts.prepare_model.progress import Clock
 from scripts.prepare_model.prompt import make_prompt, tokenize
 from scripts.prepare_model.weights import Weights
 
+HALF_TRANSFORM_FILE = "transform-half.npz"
+"""In an export: fitted to every second passage only. Ladders are measured with it, on the others."""
 _CHECK_TOKENS = 160
 
 
@@ -264,8 +266,9 @@ def export_model(job: ExportJob, say: Callable[[Event], None]) -> Exported:
             ends=_ends(tokenizer, architecture, prompt),
         )
         asked = _asked(passages, tokenizer, architecture, prompt)
-        transform = followed.fit(asked, lambda done: say(Step(done=done, total=len(passages))))
-        transform.save(Path(job.into) / TRANSFORM_FILE)
+        found = followed.fit(asked, lambda done: say(Step(done=done, total=len(passages))))
+        for transform, name in zip(found, (TRANSFORM_FILE, HALF_TRANSFORM_FILE), strict=True):
+            transform.save(Path(job.into) / name)
     return Exported(
         fingerprint=fingerprint,
         tokenizer=digest,

@@ -9,6 +9,7 @@ from dataclasses import replace
 from broker_config.messages import ContextInfo, LinkQuality, Memory, ModelInfo, Presence, Rung, Speed, Telemetry
 from coordinator.fleet import Fleet, apply
 from coordinator.latency import Link, RequestTerms, Scenario
+from coordinator.policy import PressureCaps
 
 ELEMENTS_PER_TOKEN = 11_520
 
@@ -20,6 +21,8 @@ LADDER = (
     Rung(name="int4", bits_per_element=4.4, kl=0.018, agreement=0.95),
     Rung(name="int3", bits_per_element=3.4, kl=0.09, agreement=0.85),
 )
+CAPS = PressureCaps(((0.70, 9.0), (0.80, 6.5), (0.90, 4.5)))
+"""For that ladder."""
 MODEL = ModelInfo(
     name="SmolLM2-135M-Instruct",
     fingerprint="a" * 32,

@@ -16,9 +16,7 @@ from coordinator.latency import Scenario
 from coordinator.policy import POLICIES, PressureCaps, get_policy
 from coordinator.policy.rungs import allowed_rungs, named_rung, why_no_rung
 from coordinator.policy.shares import Shares
-from tests.coordinator.builders import LADDER, make_link, random_scenario, scenario_of
-
-CAPS = PressureCaps()
+from tests.coordinator.builders import CAPS, LADDER, make_link, random_scenario, scenario_of
 
 
 def with_deadline(scenario: Scenario, deadline_s: float) -> Scenario:

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker_config.messages import Ask, LinkQuality, Telemetry
+from broker_config.messages import Ask, LinkQuality, Rung, Telemetry
 from coordinator.errors import AgentOffline, ContextAmbiguous, ModelsDiffer, RequestImpossible
 from coordinator.fleet import Channel
 from coordinator.policy import POLICIES, PlanRequest, build_scenario
 from coordinator.policy.scenario import LEAST_FREE
-from tests.coordinator.builders import LADDER, MODEL, context, fleet_of, instance, telemetry
+from tests.coordinator.builders import CAPS, LADDER, MODEL, context, fleet_of, instance, telemetry
 
 CELL = Channel("cell", ("pi-1", "pi-2", "pi-3"))
 OTHER_MODEL = msgspec.structs.replace(MODEL, name="gemma-3-270m", fingerprint="d" * 32)
@@ -61,7 +61,9 @@ def message(**changes: Any) -> Ask:
 
 
 def test_a_scenario_holds_every_source_in_the_order_of_the_request() -> None:
-    scenario = build_scenario(fleet_of(*agents()), [ask("pi-3", "pi-2:log", "pi-1")], [CELL], {"cell": 0.5}, 1.0)
+    scenario = build_scenario(
+        fleet_of(*agents()), [ask("pi-3", "pi-2:log", "pi-1")], [CELL], {"cell": 0.5}, 1.0, caps=CAPS
+    )
     assert [(link.sender, link.context, link.tokens, link.cached) for link in scenario.links] == [
         ("pi-3", "plan", 600, True),
         ("pi-2", "log", 300, False),
@@ -92,10 +94,10 @@ def test_the_plan_does_not_depend_on_the_order_of_channels() -> None:
 
 def test_memory_pressure_of_either_end_counts() -> None:
     fleet = fleet_of(telemetry("pi-1", contexts=[context()]), telemetry("rx-1", pressure=0.93))
-    link = build_scenario(fleet, [ask("pi-1")]).links[0]
+    link = build_scenario(fleet, [ask("pi-1")], caps=CAPS).links[0]
     assert [rung.name for rung in link.rungs] == ["int4"]
     assert (link.sender_pressure, link.receiver_pressure) == (0.3, 0.93)
-    squeezed = build_scenario(fleet, [ask("pi-1", floor=0.005)]).links[0]
+    squeezed = build_scenario(fleet, [ask("pi-1", floor=0.005)], caps=CAPS).links[0]
     assert squeezed.note == "no rung keeps KL 0.005 under memory pressure 0.93: sent as text"
 
 
@@ -213,9 +215,32 @@ def test_a_named_rung_that_memory_pressure_forbids_goes_as_text_and_the_note_nam
 
 def test_the_receivers_memory_counts_for_a_named_rung_too() -> None:
     fleet = fleet_of(telemetry("pi-1", contexts=[context()]), telemetry("rx-1", pressure=0.93))
-    assert [rung.name for rung in build_scenario(fleet, [ask("pi-1", rung="int4")]).links[0].rungs] == ["int4"]
-    link = build_scenario(fleet, [ask("pi-1", rung="int6")]).links[0]
+    link = build_scenario(fleet, [ask("pi-1", rung="int4")], caps=CAPS).links[0]
+    assert [rung.name for rung in link.rungs] == ["int4"]
+    link = build_scenario(fleet, [ask("pi-1", rung="int6")], caps=CAPS).links[0]
     assert (link.rungs, link.note) == ((), "rung int6 is too large under memory pressure 0.93: sent as text")
+
+
+TIGHT = Rung(name="klt5", bits_per_element=1.4, kl=0.01, agreement=0.95, transformed=True)
+BASELINE = Rung(name="qkvcomm-6", bits_per_element=4.2, kl=0.3, agreement=0.7)
+TRANSFORMED = msgspec.structs.replace(MODEL, transform="e" * 32, ladder=(*LADDER, TIGHT), baselines=(BASELINE,))
+
+
+@pytest.mark.parametrize("theirs", ["f" * 32, None])
+def test_a_rung_of_a_transform_is_used_only_where_the_receiver_has_the_same(theirs: str | None) -> None:
+    for transform, names in ((TRANSFORMED.transform, {"klt5"}), (theirs, set())):
+        other = msgspec.structs.replace(TRANSFORMED, transform=transform)
+        fleet = fleet_of(*agents(), models={"pi-1": TRANSFORMED, "rx-1": other})
+        link = build_scenario(fleet, [ask("pi-1")]).links[0]
+        assert {rung.name for rung in link.rungs} & {"klt5"} == names
+    with pytest.raises(RequestImpossible, match="has no rung klt5"):
+        build_scenario(fleet, [ask("pi-1", rung="klt5")])
+
+
+def test_a_baseline_is_used_only_if_it_is_named() -> None:
+    fleet = fleet_of(*agents(), models={"pi-1": TRANSFORMED, "rx-1": TRANSFORMED})
+    assert BASELINE not in build_scenario(fleet, [ask("pi-1", floor=1.0)]).links[0].rungs
+    assert build_scenario(fleet, [ask("pi-1", rung="qkvcomm-6")]).links[0].rungs == (BASELINE,)
 
 
 def test_a_named_rung_does_not_hide_what_was_not_measured() -> None:

@@ -4,6 +4,7 @@ than it must be."""
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -144,7 +145,11 @@ def _other_prefix(site: Site) -> bytes:
 
 
 def _other_transform(site: Site) -> bytes:
-    return payload(site, transform="rotated-twice")
+    own = site.agents["pi-1"].engine.model.transform
+    assert own is not None
+    other = dataclasses.replace(own, mean=own.mean + 1)
+    made = msgspec.structs.replace(header(site, "klt3"), transform=other.id)
+    return b"".join(encode(made, cached(site), other))
 
 
 def _no_layers(site: Site) -> bytes:

@@ -112,6 +112,16 @@ def test_a_manifest_of_more_layers_than_the_graph_has_is_refused_at_load(copied:
         Model(copied)
 
 
+def test_a_transform_that_is_not_the_manifests_is_refused_at_load(copied: Path) -> None:
+    path = copied / MANIFEST_NAME
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"transform": "9" * 32}))
+    with pytest.raises(BundleInvalid, match=r"transform\.npz is not the transform of this model"):
+        Model(copied)
+    path.write_text(json.dumps(manifest | {"transform": None}))
+    assert Model(copied).transform is None
+
+
 def _no_graph(path: Path) -> None:
     path.write_bytes(b"not a graph" * 100)
 

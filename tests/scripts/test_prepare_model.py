@@ -25,7 +25,7 @@ from edge_agent.kv.cache import Float32
 from edge_agent.kv.transform import TRANSFORM_FILE, Transform
 from edge_agent.model.manifest import read_manifest, verify_digests
 from edge_agent.model.session import LiveContext
-from scripts.prepare_model import assembly, cache, exported_graph, ladder, prepare, quality, source
+from scripts.prepare_model import assembly, cache, calibration, exported_graph, ladder, prepare, quality, source
 from scripts.prepare_model.__main__ import app
 from scripts.prepare_model.bundle import Prepared
 from scripts.prepare_model.errors import DiskFull, ExportFailed, ModelRefused, PreparationError, SourceUnavailable
@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def known_export(bundle: Path, jobs: list[Job] | None = None) -> Callable[..., Outcome]:
     """Stands in for the worker: what it once exported of the tiny model, in no time; rewrites in this process."""
-    (export,) = (bundle.parents[1] / "exports").glob("tiny-*")
+    export = _tiny_export(bundle)
 
     def run(job: Job, *_: object) -> Outcome:
         if jobs is not None:
@@ -77,9 +77,16 @@ def _prepare(root: Path, limit_gb: float = 1.0, weights: str = "int8") -> Prepar
     return prepare(str(source), texts=source / "texts", root=root, limit_gb=limit_gb, weights=weights)
 
 
+def _tiny_export(bundle: Path) -> Path:
+    """The export that the tiny bundle was made from."""
+    directory = tiny.tiny_source()
+    found, texts = source.resolve(str(directory)), calibration.read_texts(directory / "texts")
+    return assembly.export_place(found, texts, cache.shaping_versions(), bundle.parents[1])
+
+
 def _tiny_exports(bundle: Path, root: Path) -> Path:
     """The export that the tiny bundle was made from, alone in another cache."""
-    (kept,) = (bundle.parents[1] / "exports").glob("tiny-*")
+    kept = _tiny_export(bundle)
     return Path(shutil.copytree(kept, root / "exports" / kept.name))
 
 
@@ -428,10 +435,11 @@ def test_a_rewritten_graph_that_gives_nan_differs_from_the_export(
         return rows
 
     monkeypatch.setattr(LiveContext, "step", nan_first)
-    noted = cache.find_export(next((tiny_bundle.parents[1] / "exports").glob("tiny-*")))
+    noted = cache.find_export(_tiny_export(tiny_bundle))
     assert noted is not None
+    source = tiny.tiny_source()
     export = ExportGraph(
-        exported_graph(str(tiny.tiny_source()), root=tiny_bundle.parents[1]),
+        exported_graph(str(source), texts=source / "texts", root=tiny_bundle.parents[1]),
         msgspec.json.decode(noted, type=Exported).architecture,
     )
     with pytest.raises(ExportFailed, match="largest logit difference nan over 300 tokens"):
@@ -593,7 +601,7 @@ def test_a_disk_that_is_really_full_is_one_line_and_leaves_nothing(
 ) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    kept = sum(path.stat().st_size for path in (tiny_bundle.parents[1] / "exports").rglob("*") if path.is_file())
+    kept = sum(path.stat().st_size for path in _tiny_export(tiny_bundle).iterdir())
     size = kept + 400_000 if exported else 700_000  # room for the export and part of the weights
     if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(disk)], check=False).returncode:
         pytest.skip("a small disk can't be mounted here")
