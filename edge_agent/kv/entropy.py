@@ -59,6 +59,8 @@ class Alphabet:
         """Places of the numbers that may stand for larger ones."""
         if self.closed:
             return np.zeros(0, dtype=np.intp)
+        if self.together == FLAGS.together:
+            return np.flatnonzero(clipped != 0)
         return np.flatnonzero(np.abs(clipped) == self.most)
 
 
@@ -84,10 +86,11 @@ def compress(runs: Sequence[tuple[Int32, Alphabet]]) -> bytes:
     coded, narrow, above = [], [_NONE], [_NONE]
 
     def add(numbers: Int32, letters: Alphabet) -> None:
-        clipped = np.clip(numbers, -letters.most, letters.most).astype(np.int8)
-        excess = np.abs(numbers[letters.edges(clipped)]) - letters.most
+        clipped = numbers.clip(-letters.most, letters.most).astype(np.int8)
+        edges = letters.edges(clipped)
+        excess = np.abs(numbers[edges]) - letters.most
         (narrow if letters is FLAGS else above).append(excess)
-        packed = _pack_flags(clipped) if letters is FLAGS else _pack(clipped, letters)
+        packed = _pack_flags(clipped, edges) if letters is FLAGS else _pack(clipped, letters)
         coded.extend([coder.compress(packed), coder.flush(zlib.Z_SYNC_FLUSH)])  # each run has a table of its own
 
     for numbers, letters in runs:
@@ -102,13 +105,16 @@ def compress(runs: Sequence[tuple[Int32, Alphabet]]) -> bytes:
 def decompress(data: bytes | memoryview, runs: Sequence[tuple[int, Alphabet]]) -> list[Int32]:
     """The numbers of runs of so many numbers each. Raises PayloadRejected for bytes that are not exactly those."""
     reader = _Reader(data)
-    clipped = [_read(reader, count, letters) for count, letters in runs]
-    places = [letters.edges(numbers) for numbers, (_, letters) in zip(clipped, runs, strict=True)]
+    clipped, places = [], []
+    for count, letters in runs:
+        numbers, edges = _read(reader, count, letters)
+        clipped.append(numbers)
+        places.append(edges)
     narrow = [letters is FLAGS for _, letters in runs]
-    low = _read(reader, sum(len(at) for at, is_narrow in zip(places, narrow, strict=True) if is_narrow), _ABOVE_ONE)
+    narrow_numbers = sum(len(at) for at, is_narrow in zip(places, narrow, strict=True) if is_narrow)
+    low, wide_low = _read(reader, narrow_numbers, _ABOVE_ONE)
     if len(low) and low.min() < 0:
         raise PayloadRejected("slice", "holds a negative magnitude")
-    wide_low = _ABOVE_ONE.edges(low)
     others = sum(len(at) for at, is_narrow in zip(places, narrow, strict=True) if not is_narrow)
     high = _read_excess(reader, others + len(wide_low))
     reader.end()
@@ -120,7 +126,8 @@ def decompress(data: bytes | memoryview, runs: Sequence[tuple[int, Alphabet]]) -
     for numbers, at, is_narrow in zip(clipped, places, narrow, strict=True):
         whole = numbers.astype(np.int32)
         excess = sources[is_narrow][start[is_narrow] : start[is_narrow] + len(at)]
-        whole[at] += (np.sign(whole[at]) * excess).astype(np.int32)
+        if np.any(excess):
+            whole[at] += (np.sign(whole[at]) * excess).astype(np.int32)
         start[is_narrow] += len(at)
         found.append(whole)
     return found
@@ -163,15 +170,17 @@ class _Reader:
             yield piece
 
 
-def _read(reader: _Reader, count: int, letters: Alphabet) -> Int8:
-    """A run without what its numbers are above the alphabet."""
+def _read(reader: _Reader, count: int, letters: Alphabet) -> tuple[Int8, npt.NDArray[np.intp]]:
+    """A run without what its numbers are above the alphabet, and the places of those that may be."""
     if letters is not FLAGS:
-        return _unpack(reader.take(letters.packed_bytes(count)), count, letters)
-    numbers = np.unpackbits(reader.take(FLAGS.packed_bytes(count)), count=count).view(np.int8)
-    set_at = np.flatnonzero(numbers)
-    negative = np.unpackbits(reader.take(FLAGS.packed_bytes(len(set_at))), count=len(set_at))
-    numbers[set_at[negative.view(np.bool_)]] = -1
-    return numbers
+        numbers = _unpack(reader.take(letters.packed_bytes(count)), count, letters)
+        return numbers, letters.edges(numbers)
+    flags = np.unpackbits(reader.take(FLAGS.packed_bytes(count)), count=count)
+    edges = np.flatnonzero(flags.view(np.bool_))
+    negative = np.unpackbits(reader.take(FLAGS.packed_bytes(len(edges))), count=len(edges))
+    signed = flags.view(np.int8)
+    signed[edges[negative.view(np.bool_)]] = -1
+    return signed, edges
 
 
 def _read_excess(reader: _Reader, count: int) -> npt.NDArray[np.int64]:
@@ -183,9 +192,9 @@ def _read_excess(reader: _Reader, count: int) -> npt.NDArray[np.int64]:
     return excess
 
 
-def _pack_flags(clipped: Int8) -> bytes:
-    """Which numbers are not zero, then which of those are negative."""
-    return np.packbits(clipped != 0).tobytes() + np.packbits(clipped[clipped != 0] < 0).tobytes()
+def _pack_flags(clipped: Int8, edges: npt.NDArray[np.intp]) -> bytes:
+    """Which numbers are not zero, then which of those (at edges) are negative."""
+    return np.packbits(clipped.view(np.uint8)).tobytes() + np.packbits(clipped[edges] < 0).tobytes()
 
 
 def _pack(clipped: Int8, letters: Alphabet) -> bytes:

@@ -9,6 +9,8 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
+from coordinator.policy import PressureCaps
+
 DOCUMENTS = Path(__file__).parent / "documents"
 SENDERS = {"pi-1": "site-north", "pi-2": "site-south"}
 RECEIVER = "jetson-1"
@@ -54,6 +56,7 @@ def acts() -> tuple[Act, ...]:
     one, two = [q for q in asked if len(q.sources) == 1], [q for q in asked if len(q.sources) > 1]
     memory = next(q for q in one if q.sources == (FILLED,))
     fast = {"pi-1": 120.0, "pi-2": 120.0, RECEIVER: 200.0}
+    caps = PressureCaps()
     return (
         Act(
             title="slow links: tokens are faster",
@@ -73,14 +76,14 @@ def acts() -> tuple[Act, ...]:
             deadline_s=3.0,
         ),
         Act(
-            title=f"pages fill {FILLED}'s memory past 0.70: at most 9 bits an element",
+            title=f"pages fill {FILLED}'s memory past 0.70: at most {caps.at_most(0.70):g} bits an element",
             rates_mbps=fast,
             questions=(memory,),
             fill=0.70,
             deadline_s=3.0,
         ),
         Act(
-            title="more pages, past 0.80: at most 6.5 bits an element",
+            title=f"more pages, past 0.80: at most {caps.at_most(0.80):g} bits an element",
             rates_mbps=fast,
             questions=(memory,),
             fill=0.80,

@@ -65,7 +65,7 @@ async def the_one_end(site: Site, order: SendOrder, state: str) -> str:
     return outcomes[0].reason
 
 
-@pytest.mark.parametrize("rung", ["float32", "fp16", "q8", "q3"])
+@pytest.mark.parametrize("rung", ["float32", "fp16", "q8", "q3", "klt4"])
 @pytest.mark.parametrize("own", [0, 7, None])
 async def test_what_is_ordered_arrives_and_ends_once(site: Site, inbox: Inbox, rung: str, own: int | None) -> None:
     context = held(site)
@@ -74,7 +74,7 @@ async def test_what_is_ordered_arrives_and_ends_once(site: Site, inbox: Inbox, r
     incoming = inbox.expect(order.transfer)
     await site.order("pi-1", order)
     payload = await incoming.payload(20)
-    header, cache = decode(payload, expectation(site.agents["pi-1"].engine.model.manifest, 1 << 30))
+    header, cache = decode(payload, site.agents["pi-1"].engine.expectation(1 << 30))
     assert header.context_id == context.context_id
     assert tuple(header.ids()) == context.ids[:own_tokens]
     if own is None:
@@ -111,7 +111,7 @@ async def test_facts_go_beside_a_cache_within_their_budget(site: Site, inbox: In
     incoming = inbox.expect(order.transfer)
     await site.order("pi-1", order)
     payload = await incoming.payload(20)
-    facts = decode(payload, expectation(site.agents["pi-1"].engine.model.manifest, 1 << 30))[0].facts
+    facts = decode(payload, site.agents["pi-1"].engine.expectation(1 << 30))[0].facts
     assert facts
     assert len(text.facts_ids(summary(facts))) <= 40
     assert all(" ".join(NORTH[fact.start : fact.end].split()) == fact.content for fact in facts)
@@ -124,7 +124,7 @@ async def test_no_facts_go_beside_a_text(site: Site, inbox: Inbox) -> None:
     incoming = inbox.expect(order.transfer)
     await site.order("pi-1", order)
     payload = await incoming.payload(20)
-    assert not decode(payload, expectation(site.agents["pi-1"].engine.model.manifest, 1 << 30))[0].facts
+    assert not decode(payload, site.agents["pi-1"].engine.expectation(1 << 30))[0].facts
 
 
 async def test_a_cache_that_is_not_in_memory_is_made_again(site: Site, inbox: Inbox) -> None:
@@ -136,7 +136,7 @@ async def test_a_cache_that_is_not_in_memory_is_made_again(site: Site, inbox: In
     order = send_order(again, RECEIVER)
     incoming = inbox.expect(order.transfer)
     await site.order("pi-1", order)
-    cache = decode(await incoming.payload(20), expectation(site.agents["pi-1"].engine.model.manifest, 1 << 30))[1]
+    cache = decode(await incoming.payload(20), site.agents["pi-1"].engine.expectation(1 << 30))[1]
     assert cache is not None
     assert equal(cache, before)
     assert (await site.send_outcome(order)).prefill_s > 0
@@ -176,7 +176,7 @@ async def test_an_order_that_cannot_be_carried_out_is_refused_and_the_receiver_h
     assert line in await the_one_end(site, order, "refused")
 
 
-@pytest.mark.parametrize("rung", ["float32", "fp16", "q8"])
+@pytest.mark.parametrize("rung", ["float32", "fp16", "q8", "klt4"])
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 async def test_a_cache_with_a_nan_is_refused_by_name_and_the_receiver_hears_at_once(
     site: Site, inbox: Inbox, rung: str, poison: float
@@ -289,7 +289,7 @@ async def test_several_orders_at_once_all_arrive(site: Site, inbox: Inbox) -> No
     await site.order("pi-1", *orders)
     payloads = await asyncio.gather(*(each.payload(20) for each in incoming))
     for order, payload in zip(orders, payloads, strict=True):
-        header, _ = decode(payload, expectation(site.agents["pi-1"].engine.model.manifest, 1 << 30))
+        header, _ = decode(payload, site.agents["pi-1"].engine.expectation(1 << 30))
         assert (header.context_id, header.rung) == (order.context_id, order.rung)
         assert (await site.send_outcome(order)).state == "delivered"
 

@@ -178,4 +178,4 @@ async def test_memory_pressure_tightens_the_rung(amqtt_site: Site) -> None:
         assert report.state == "answered", (number, report.reason)
         rungs.append(report.links[0].rung)
     assert rungs[0] == "float32"
-    assert rungs[1] in {"q8", "q6", "q4"}
+    assert rungs[1].startswith("klt")
