@@ -17,10 +17,7 @@ import numpy as np
 from edge_agent.errors import PayloadRejected
 from edge_agent.kv.cache import Cache, Int32, Layer
 from edge_agent.kv.entropy import Alphabet, alphabet, compress, decompress
-from edge_agent.kv.transform import Transform, coarser, step_of
-
-CLASSES_PER_OCTAVE = 2
-_LOWEST_CLASS = -4
+from edge_agent.kv.transform import Transform, coarser
 
 Symbols = dict[int, Int32]
 """Of each layer that has entries, int32 (components, entries)."""
@@ -40,17 +37,17 @@ class Run:
 
 @lru_cache(maxsize=64)
 def runs(transform: Transform, level: int) -> tuple[Run, ...]:
-    """The runs of a level, narrow ones first."""
+    """The runs of a level, narrow ones first: of deviations within a factor of √2.
+
+    A power of two of the variance bounds each, found by its exponent: a logarithm may be rounded otherwise elsewhere.
+    """
     classes: dict[int, list[tuple[int, int, int]]] = {}
     for layer in range(transform.layers):
-        deviations = transform.deviation[layer, : transform.coded(layer, level)] / step_of(level)
-        kinds = np.maximum(np.floor(CLASSES_PER_OCTAVE * np.log2(deviations)), _LOWEST_CLASS).astype(int)
+        kinds = np.frexp(transform.variance[layer, : transform.coded(layer, level)])[1] - 1 - level
         edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)] if len(kinds) else []
         for first, stop in itertools.pairwise(edges):
             classes.setdefault(int(kinds[first]), []).append((layer, first, stop))
-    return tuple(
-        Run(alphabet(2 ** ((kind + 0.5) / CLASSES_PER_OCTAVE)), tuple(parts)) for kind, parts in sorted(classes.items())
-    )
+    return tuple(Run(alphabet(2 ** ((kind + 0.5) / 2)), tuple(parts)) for kind, parts in sorted(classes.items()))
 
 
 def symbols_of(transform: Transform, level: int, cache: Cache, layers: Sequence[int]) -> Symbols:

@@ -33,6 +33,7 @@ Int64 = npt.NDArray[np.int64]
 
 LEVELS = 16
 DROPPED = 0.35
+_DROPPED_SQUARED = DROPPED * DROPPED
 LARGEST = 2.0**30
 """Components beyond so many finest steps are cut: int32 holds them, and no real cache has one."""
 
@@ -82,14 +83,20 @@ class Transform:
         backward: Float32 = np.linalg.inv(self._forward.astype(np.float64)).astype(np.float32)
         return backward
 
+    @cached_property
+    def variance(self) -> npt.NDArray[np.float64]:
+        """Of each component, in squared finest steps: exact, so that both ends see the same in any comparison."""
+        variance: npt.NDArray[np.float64] = np.square(self.deviation.astype(np.float64))
+        return variance
+
     def coded(self, layer: int, level: int) -> int:
         """How many components of a layer are coded at a level: the first ones."""
         return self._coded(level)[layer]
 
     @lru_cache(maxsize=LEVELS)  # noqa: B019  (a bundle has one transform, which lives as long as the agent)
     def _coded(self, level: int) -> tuple[int, ...]:
-        limit = np.float32(DROPPED * step_of(level))
-        return tuple(int(np.count_nonzero(row >= limit)) for row in self.deviation)
+        limit = _DROPPED_SQUARED * 2**level
+        return tuple(int(np.count_nonzero(row >= limit)) for row in self.variance)
 
     def symbols(self, layer: int, entries: Layer, level: int) -> Int32:
         """The symbols of a layer's entries at a level, int32 (components, entries).

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -79,6 +81,16 @@ def test_bytes_that_are_no_refinement_are_refused_or_symbols(data: bytes) -> Non
     except PayloadRejected:
         return
     assert same(coded.tightened(transform, found, 4, 8), held)
+
+
+def test_runs_are_bounded_by_exact_powers_of_two_of_the_variance() -> None:
+    transform = transform_for(made_up(layers=1, heads=1, dim=4))
+    edges = np.array([[8.0, np.nextafter(np.float32(8), np.float32(0)), 4.0, 2.0, 1.5, 1.4, 1.0, 0.9]], np.float32)
+    runs = coded.runs(dataclasses.replace(transform, deviation=edges), 2)  # the step is 2
+    # variances in squared steps: 16, just below it, 4, 1, 0.5625, 0.49, 0.25, 0.2025
+    assert [run.parts for run in runs] == [
+        ((0, 7, 8),), ((0, 5, 7),), ((0, 4, 5),), ((0, 3, 4),), ((0, 2, 3),), ((0, 1, 2),), ((0, 0, 1),)
+    ]  # fmt: skip
 
 
 def test_the_runs_of_a_level_hold_every_coded_component_once() -> None:
