@@ -21,10 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_agent.errors import PayloadRejected
+from edge_agent.kv.bitpack import UInt8
+from edge_agent.kv.cache import Int32
 
-Int32 = npt.NDArray[np.int32]
 Int8 = npt.NDArray[np.int8]
-UInt8 = npt.NDArray[np.uint8]
 
 WIDE = 255
 LARGEST = 1 << 30
@@ -110,25 +110,21 @@ def decompress(data: bytes | memoryview, runs: Sequence[tuple[int, Alphabet]]) -
         numbers, edges = _read(reader, count, letters)
         clipped.append(numbers)
         places.append(edges)
-    narrow = [letters is FLAGS for _, letters in runs]
-    narrow_numbers = sum(len(at) for at, is_narrow in zip(places, narrow, strict=True) if is_narrow)
-    low, wide_low = _read(reader, narrow_numbers, _ABOVE_ONE)
+    narrow = [len(at) if letters is FLAGS else 0 for at, (_, letters) in zip(places, runs, strict=True)]
+    others = [len(at) - count for at, count in zip(places, narrow, strict=True)]
+    low, wide = _read(reader, sum(narrow), _ABOVE_ONE)
     if len(low) and low.min() < 0:
         raise PayloadRejected("slice", "holds a negative magnitude")
-    others = sum(len(at) for at, is_narrow in zip(places, narrow, strict=True) if not is_narrow)
-    high = _read_excess(reader, others + len(wide_low))
+    excess = _read_excess(reader, sum(others) + len(wide))
     reader.end()
     of_narrow = low.astype(np.int64)
-    of_narrow[wide_low] += high[others:]
-    sources = {True: of_narrow, False: high}
-    start = {True: 0, False: 0}
+    of_narrow[wide] += excess[sum(others) :]
+    above_one, above = np.split(of_narrow, np.cumsum(narrow)), np.split(excess, np.cumsum(others))
     found = []
-    for numbers, at, is_narrow in zip(clipped, places, narrow, strict=True):
-        whole = numbers.astype(np.int32)
-        excess = sources[is_narrow][start[is_narrow] : start[is_narrow] + len(at)]
-        if np.any(excess):
-            whole[at] += (np.sign(whole[at]) * excess).astype(np.int32)
-        start[is_narrow] += len(at)
+    for index, (numbers, at) in enumerate(zip(clipped, places, strict=True)):
+        whole, beyond = numbers.astype(np.int32), above_one[index] if narrow[index] else above[index]
+        if np.any(beyond):
+            whole[at] += (np.sign(whole[at]) * beyond).astype(np.int32)
         found.append(whole)
     return found
 

@@ -208,8 +208,7 @@ def _check_codec(header: Header) -> None:
     expected = len(header.shape.sent_layers) if header.codec == "affine" else 0
     if len(header.widths) != expected:
         raise PayloadRejected("widths", f"{len(header.widths)} where codec {header.codec} has {expected}")
-    transformed = header.transform is not None and header.level is not None
-    if transformed is not (header.codec == "klt") or (header.level is None) is not (header.transform is None):
+    if {header.transform is not None, header.level is not None} != {header.codec == "klt"}:
         raise PayloadRejected("transform", f"{header.transform} at level {header.level} with codec {header.codec}")
 
 

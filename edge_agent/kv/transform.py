@@ -26,17 +26,12 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_agent.errors import BundleInvalid, CacheInvalid
-from edge_agent.kv.cache import Float32, Layer
-
-Int32 = npt.NDArray[np.int32]
-Int64 = npt.NDArray[np.int64]
+from edge_agent.kv.cache import Float32, Int32, Layer
+from edge_agent.kv.entropy import LARGEST
 
 LEVELS = 16
 DROPPED = 0.35
 _DROPPED_SQUARED = DROPPED * DROPPED
-LARGEST = 2.0**30
-"""Components beyond so many finest steps are cut: int32 holds them, and no real cache has one."""
-
 TRANSFORM_FILE = "transform.npz"
 _ARRAYS = ("mean", "scale", "analysis", "deviation")
 
@@ -101,6 +96,7 @@ class Transform:
     def symbols(self, layer: int, entries: Layer, level: int) -> Int32:
         """The symbols of a layer's entries at a level, int32 (components, entries).
 
+        Components beyond LARGEST finest steps, which no real cache has, are cut there.
         Raises CacheInvalid for a NaN, an infinity, or a cache of another shape.
         """
         heads = entries.keys.shape[0]

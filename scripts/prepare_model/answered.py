@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from msgspec import Struct
 
+from edge_agent.kv.cache import Cache
 from edge_agent.model.session import Model, Runtime
 from edge_agent.model.text import Text
 from scripts import relay
@@ -44,8 +46,9 @@ def passage_tokens(window_tokens: int, prefix_tokens: int) -> int:
 
 
 class Answered:
-    """Passages under a bundle's graph, a reference for each question as it is asked for. Of those of one passage, which
-    come one after another, the cache is the same object. questions: of each passage. threads: 0 is one per core.
+    """Passages under a bundle's graph, a reference for each question as it is asked for.
+
+    questions: of each passage. threads: 0 is one per core.
     """
 
     def __init__(self, bundle: Path, passages: Sequence[str], *, questions: int = 1, threads: int = 0) -> None:
@@ -59,13 +62,17 @@ class Answered:
         return len(self._passages) * self._questions
 
     def __iter__(self) -> Iterator[relay.Reference]:
+        return chain.from_iterable(self.by_passage())
+
+    def by_passage(self) -> Iterator[list[relay.Reference]]:
+        """The references of each passage, which share its cache."""
         for index, passage in enumerate(self._passages):
             cache = relay.read_context(self.prefix, self._fitting(passage))
-            for more in range(self._questions):
-                question = self._text.question_ids(question_for(index + len(QUESTIONS) // 2 * more))
-                yield relay.uncompressed(
-                    self.model, self._text, self.prefix, cache, question, most=MAX_ANSWER_POSITIONS
-                )
+            asked = (question_for(index + len(QUESTIONS) // 2 * more) for more in range(self._questions))
+            yield [self._reference(cache, self._text.question_ids(question)) for question in asked]
+
+    def _reference(self, cache: Cache, question: list[int]) -> relay.Reference:
+        return relay.uncompressed(self.model, self._text, self.prefix, cache, question, most=MAX_ANSWER_POSITIONS)
 
     def _fitting(self, passage: str) -> list[int]:
         """Ids of a passage as a context, whole words of it, as many as fit."""

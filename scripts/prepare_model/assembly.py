@@ -76,7 +76,6 @@ def make(
             profile=_profile(scratch / Weights.FP32, passages, clock),
             made_with=manifest.made_with | said,
         )
-        _write_manifest(made, manifest)  # some rungs of the ladder read the profile in it
         with _transform_of(made, manifest, export / HALF_TRANSFORM_FILE):
             manifest = _with_ladder(manifest, made, passages[1::2] or passages, clock)
         clock.stage("write the bundle")
@@ -244,7 +243,7 @@ def _profile(exact: Path, passages: Sequence[str], clock: Clock) -> Profile:
 
 @contextmanager
 def _transform_of(made: Path, manifest: Manifest, other: Path) -> Iterator[None]:
-    """The bundle with another transform inside the block."""
+    """The bundle with this manifest, whose profile some rungs read, and another transform inside the block."""
     path = made / TRANSFORM_FILE
     own = path.read_bytes()
     shutil.copyfile(other, path)

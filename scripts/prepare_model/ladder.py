@@ -15,7 +15,6 @@ from msgspec import Struct
 from broker_config.messages import Rung
 from edge_agent.kv.cache import Cache
 from edge_agent.kv.recipe import BASELINES, CANDIDATES, Recipe
-from edge_agent.model.session import Model
 from scripts import relay
 from scripts.prepare_model.answered import Answered
 
@@ -51,14 +50,16 @@ def measure(
     """
     recipes = (*candidates, *baselines)
     sums = {recipe.name: _Sum() for recipe in recipes}
-    tokens, passages, relayed = 0, 0, _Relayed(answered.model)
-    for index, reference in enumerate(answered):
-        if relayed.take(reference.cache):
-            passages += 1
-            tokens += reference.cache.entries
+    tokens = passages = answers = 0
+    for references in answered.by_passage():
+        cache = references[0].cache
         for recipe in recipes:
-            _add(sums[recipe.name], answered, reference, relayed.by(recipe))
-        on_answer(index + 1)
+            payload = relay.sent(answered.model, cache, recipe)
+            back = relay.received(answered.model, payload)[1]
+            for reference in references:
+                _add(sums[recipe.name], answered, reference, back, len(payload))
+        passages, tokens, answers = passages + 1, tokens + cache.entries, answers + len(references)
+        on_answer(answers)
     return Measured(
         rungs=front([_rung(recipe, sums[recipe.name]) for recipe in candidates]),
         baselines=tuple(_rung(recipe, sums[recipe.name]) for recipe in baselines),
@@ -77,31 +78,7 @@ def front(rungs: Sequence[Rung]) -> tuple[Rung, ...]:
     return tuple(reversed(kept))
 
 
-class _Relayed:
-    """One cache as it comes over each rung, coded once however many questions there are."""
-
-    def __init__(self, model: Model) -> None:
-        self._model = model
-        self._cache: Cache | None = None
-        self._by: dict[str, tuple[Cache, int]] = {}
-
-    def take(self, cache: Cache) -> bool:
-        """The cache from here on; whether it is another one than before."""
-        if cache is self._cache:
-            return False
-        self._cache, self._by = cache, {}
-        return True
-
-    def by(self, recipe: Recipe) -> tuple[Cache, int]:
-        """What comes of it, and the payload's bytes."""
-        if recipe.name not in self._by and self._cache is not None:
-            payload = relay.sent(self._model, self._cache, recipe)
-            self._by[recipe.name] = relay.received(self._model, payload)[1], len(payload)
-        return self._by[recipe.name]
-
-
-def _add(total: _Sum, answered: Answered, reference: relay.Reference, relayed: tuple[Cache, int]) -> None:
-    back, payload_bytes = relayed
+def _add(total: _Sum, answered: Answered, reference: relay.Reference, back: Cache, payload_bytes: int) -> None:
     live = relay.behind(answered.prefix, back, reference.cache.entries, room=reference.room)
     log_q = relay.along(live, relay.read_question(live, reference.question), reference.answer)
     total.payload_bits += 8 * payload_bytes

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from edge_agent.kv.cache import Float32, Int32
 from edge_agent.kv.transform import Transform
+from edge_agent.model.rotary import unrotate
 from scripts.prepare_model.answered import Asked
 from scripts.prepare_model.architecture import Architecture
 from scripts.prepare_model.errors import ExportFailed
@@ -68,9 +69,9 @@ class Followed:
         logits = self.model(torch.tensor([[*asked.question, *answer]]), past_key_values=_cache(joined)).logits[0]
         log_p = torch.log_softmax(logits[len(asked.question) - 1 :].double(), -1)
         found = _gradients(log_p, leaves, draw)
-        positions = torch.arange(start, start + len(asked.context))
+        positions = np.arange(start, start + len(asked.context), dtype=np.int32)
         for layer, spec in enumerate(layers):
-            frequencies = torch.tensor(self.architecture.rotary[spec.rotary])
+            frequencies = np.array(self.architecture.rotary[spec.rotary], dtype=np.float32)
             at = 2 * layer
             moments.add(layer, _rows(leaves[at].detach(), leaves[at + 1].detach(), positions, frequencies))
             for drawn in found:
@@ -98,14 +99,10 @@ def _gradients(log_p: Any, leaves: Sequence[Any], draw: torch.Generator) -> list
     ]
 
 
-def _rows(keys: Any, values: Any, positions: Any, frequencies: Any) -> npt.NDArray[np.float32]:
+def _rows(keys: Any, values: Any, positions: Int32, frequencies: Float32) -> Float32:
     """Keys (or gradients at them) without phase, then values, of each entry: float32 (entries, width)."""
-    angles = positions[:, None].float() * frequencies[None]
-    cosine, sine = torch.cos(angles), torch.sin(angles)
-    first, second = keys[0].chunk(2, dim=-1)
-    plain = torch.cat([first * cosine + second * sine, second * cosine - first * sine], dim=-1)
-    both = torch.stack([plain, values[0]]).permute(2, 0, 1, 3)
-    rows: npt.NDArray[np.float32] = both.reshape(both.shape[0], -1).numpy()
+    both = np.stack([unrotate(keys[0].numpy(), positions, frequencies), values[0].numpy()])
+    rows: Float32 = both.transpose(2, 0, 1, 3).reshape(len(positions), -1)
     return rows
 
 
