@@ -18,7 +18,7 @@ from edge_agent.kv.payload import encode
 from edge_agent.kv.reader import Expectation, decode
 from edge_agent.kv.recipe import recipe
 from edge_agent.model.attention import among_the_last
-from edge_agent.model.exchange import expectation, payload_header
+from edge_agent.model.exchange import expectation, to_send
 from edge_agent.model.session import LiveContext, Model
 from edge_agent.model.text import AnswerText, Text
 from edge_agent.speed import SpeedMeter
@@ -172,11 +172,11 @@ class Engine:
         """Seconds to encode a cache as most are sent, and to decode it."""
         manifest, transform = self.model.manifest, self.model.transform
         rung = recipe(MEASURED_RUNG if transform is not None else PLAIN_RUNG)
-        header = payload_header(manifest, "0" * 32, [0] * cache.entries, own_tokens=0, rung=rung)
         taken = []
         for _ in range(MEASURE_REPEATS):
             start = time.perf_counter()
-            data = b"".join(encode(header, cache, transform))
+            header, sent = to_send(manifest, "0" * 32, [0] * cache.entries, cache, own_tokens=0, rung=rung)
+            data = b"".join(encode(header, sent, transform))
             encoded = time.perf_counter()
             decode(data, self.expectation(1 << 40))
             taken.append((encoded - start, time.perf_counter() - encoded))

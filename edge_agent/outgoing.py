@@ -21,7 +21,7 @@ from edge_agent.kv.payload import encode
 from edge_agent.kv.recipe import recipe
 from edge_agent.link_quality import LinkMeter
 from edge_agent.memory import ContextStore, Held
-from edge_agent.model.exchange import payload_header
+from edge_agent.model.exchange import to_send
 from edge_agent.tasks import last_words
 
 log = logging.getLogger(__name__)
@@ -82,13 +82,14 @@ class Outgoing:
                 as_text = order.own_tokens == len(held.ids)
                 cache = None if as_text else await self._cache(job, held)
                 facts = () if as_text else await self._facts.of(held, order.facts_tokens, patience_s=FACTS_PATIENCE_S)
-            header = payload_header(
+            header, entries = await asyncio.to_thread(
+                to_send,
                 self._engine.model.manifest,
                 held.context_id,
                 held.ids,
+                cache,
                 own_tokens=order.own_tokens,
                 rung=rung,
-                cache=cache,
                 facts=facts,
             )
             sent = await send(
@@ -98,7 +99,7 @@ class Outgoing:
                 receiver=order.receiver,
                 transfer=order.transfer,
                 request=order.request,
-                pieces=self._pieces(job, encode(header, cache, self._engine.model.transform)),
+                pieces=self._pieces(job, encode(header, entries, self._engine.model.transform)),
                 total_bytes=header.payload_bytes(),
                 chunk_bytes=order.chunk_bytes,
                 rate_bps=order.rate_bps,

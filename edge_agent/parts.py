@@ -215,6 +215,6 @@ def _ordered(header: Header | None, received: Cache | None, part: Part) -> Heade
         raise PayloadRejected("context_id", "is of another context than was ordered")
     if header.tokens != part.tokens:
         raise PayloadRejected("tokens", f"{header.tokens} of a context of {part.tokens}")
-    if received is not None and header.own_tokens + received.entries != header.tokens:
-        raise PayloadRejected("sent_layers", f"carry {received.entries} of {header.tokens - header.own_tokens} entries")
+    if received is not None and received.entries != header.entries:
+        raise PayloadRejected("sent_layers", f"carry {received.entries} of {header.entries} entries")
     return header

@@ -15,7 +15,7 @@ from edge_agent.kv.cache import Cache, Float32
 from edge_agent.kv.payload import Header, encode
 from edge_agent.kv.reader import decode
 from edge_agent.kv.recipe import Recipe
-from edge_agent.model.exchange import expectation, payload_header
+from edge_agent.model.exchange import expectation, to_send
 from edge_agent.model.manifest import Manifest
 from edge_agent.model.session import LiveContext, Model
 from edge_agent.model.text import AnswerText, Text
@@ -120,8 +120,8 @@ def along(live: LiveContext, last: int, answer: Sequence[int]) -> Float64:
 def sent(model: Model, cache: Cache, rung: Recipe, *, facts: Sequence[Fact] = ()) -> bytes:
     """The payload of a whole cache."""
     ids = [0] * cache.entries  # only their number is on such a payload
-    header = payload_header(model.manifest, "0" * 32, ids, own_tokens=0, rung=rung, cache=cache, facts=facts)
-    return b"".join(encode(header, cache, model.transform))
+    header, entries = to_send(model.manifest, "0" * 32, ids, cache, own_tokens=0, rung=rung, facts=facts)
+    return b"".join(encode(header, entries, model.transform))
 
 
 def received(model: Model, payload: bytes) -> tuple[Header, Cache]:

@@ -20,7 +20,8 @@ Int32 = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One layer's entries. keys, values: float32 (kv_heads, entries, head_dim); positions: int32 (entries,), rising.
+    """One layer's entries. keys, values: float32 (kv_heads, entries, head_dim); positions: int32 (entries,), rising, or
+    (kv_heads, entries) where heads hold entries of different tokens.
 
     mass: float32 (kv_heads, entries), the share of attention that the context's last tokens paid to each entry, where
     that was asked for; it is never sent.
@@ -33,13 +34,22 @@ class Layer:
 
     @property
     def entries(self) -> int:
-        return int(self.positions.shape[0])
+        return int(self.positions.shape[-1])
 
     def between(self, start: int, stop: int) -> Layer:
-        """The entries whose positions are in [start, stop), positions unchanged. Views, no copy."""
+        """The entries whose positions are in [start, stop), positions unchanged. Views, no copy.
+
+        Raises CacheInvalid where heads hold different tokens.
+        """
+        if self.positions.ndim > 1:
+            raise CacheInvalid("heads hold entries of different tokens: these can't be parted by position")
         first, last = np.searchsorted(self.positions, (start, stop))
+        return self.part(int(first), int(last))
+
+    def part(self, first: int, last: int) -> Layer:
+        """The entries from the first to before the last, counted as they stand. Views, no copy."""
         mass = None if self.mass is None else self.mass[:, first:last]
-        return Layer(self.keys[:, first:last], self.values[:, first:last], self.positions[first:last], mass)
+        return Layer(self.keys[:, first:last], self.values[:, first:last], self.positions[..., first:last], mass)
 
     @property
     def nbytes(self) -> int:
@@ -71,6 +81,10 @@ class Cache:
         """The part at positions [start, stop) of the context, positions unchanged."""
         return Cache(tuple(layer.between(start, stop) for layer in self.layers))
 
+    def part(self, first: int, last: int) -> Cache:
+        """Of every layer the entries from the first to before the last, counted as they stand."""
+        return Cache(tuple(layer.part(first, last) for layer in self.layers))
+
     def check_form(self) -> None:
         """Raise CacheInvalid, naming the layer, for disagreeing shapes or positions that do not rise from 0 on."""
         for index, layer in enumerate(self.layers):
@@ -78,6 +92,8 @@ class Cache:
                 raise CacheInvalid(f"layer {index}: keys {layer.keys.shape} and values {layer.values.shape} disagree")
             if layer.keys.shape[1] != layer.entries:
                 raise CacheInvalid(f"layer {index}: {layer.keys.shape[1]} entries but {layer.entries} positions")
+            if layer.positions.shape not in {(layer.entries,), layer.keys.shape[:2]}:
+                raise CacheInvalid(f"layer {index}: positions {layer.positions.shape} of keys {layer.keys.shape}")
             if np.any(np.diff(layer.positions, prepend=-1) <= 0):
                 raise CacheInvalid(f"layer {index}: positions do not rise")
             if layer.mass is not None and layer.mass.shape != layer.keys.shape[:2]:
@@ -103,13 +119,21 @@ def concatenate(parts: Sequence[Cache]) -> Cache:
         raise CacheInvalid("parts have different numbers of layers")
     joined = []
     for index, layers in enumerate(zip(*(part.layers for part in parts), strict=True)):
-        positions = np.concatenate([layer.positions for layer in layers])
+        positions = _joined_positions(layers)
         if np.any(np.diff(positions) <= 0):
             raise CacheInvalid(f"layer {index}: parts overlap or are out of order")
         keys = np.concatenate([layer.keys for layer in layers], axis=1)
         values = np.concatenate([layer.values for layer in layers], axis=1)
         joined.append(Layer(keys, values, positions, _joined_mass(layers)))
     return Cache(tuple(joined))
+
+
+def _joined_positions(layers: Sequence[Layer]) -> Int32:
+    """(entries,), or (kv_heads, entries) if that of any part is."""
+    if all(layer.positions.ndim == 1 for layer in layers):
+        return np.concatenate([layer.positions for layer in layers])
+    wide = [np.broadcast_to(layer.positions, layer.keys.shape[:2]) for layer in layers]
+    return np.concatenate(wide, axis=1)
 
 
 def _joined_mass(layers: Sequence[Layer]) -> Float32 | None:

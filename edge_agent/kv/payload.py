@@ -6,10 +6,11 @@
 
 All integers are little-endian; digests are BLAKE2b. So a payload can be sent while it is still being made, and checked
 while it arrives. The header carries the token ids that the receiver prefills itself (own_ids, always the first ones of
-the context); slices carry the entries of the others. A payload with all ids and no slices is the token medium.
+the context); slices carry the entries of the others, or, where the header says so, of those of them that were kept:
+as many of every sent layer and head. A payload with all ids and no slices is the token medium.
 
-A slice's body: u32 first position, u32 tokens, then by codec
-    float32, fp16   keys then values of every sent layer, (kv_heads, tokens, head_dim) each
+A slice's body: u32 first entry, u32 entries, then by codec
+    float32, fp16   keys then values of every sent layer, (kv_heads, entries, head_dim) each
     affine          float32 (sent layers, 2, 2): minimum and maximum of keys, of values; then the codes, bit-packed: of
                     the layers of each width together, widths rising, layers rising, keys then values of each
     klt             the symbols of the transform that the header names, at its level (see kv.coded)
@@ -19,12 +20,14 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from typing import Annotated
 
 import msgpack
 import msgspec
 import numpy as np
+import numpy.typing as npt
 from msgspec import Meta, Struct
 
 from broker_config.messages.base import Digest, RungName, Tokens
@@ -32,14 +35,14 @@ from edge_agent.errors import CacheInvalid, PayloadRejected, RecipeInvalid
 from edge_agent.facts.fact import MAX_FACTS, Fact
 from edge_agent.kv import coded
 from edge_agent.kv.bitpack import pack, packed_bytes, unpack
-from edge_agent.kv.cache import Cache, Float32, Layer
+from edge_agent.kv.cache import Cache, Float32, Int32, Layer
 from edge_agent.kv.entropy import most_bytes
 from edge_agent.kv.quantize import Quantized, dequantize, quantize
 from edge_agent.kv.recipe import Codec
 from edge_agent.kv.transform import LEVELS, Transform
 
 MAGIC = b"KVB1"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 SLICE_MARK, TRAILER_MARK = b"S", b"T"
 DIGEST_BYTES, FINAL_DIGEST_BYTES = 16, 32
 MAX_HEADER_BYTES = 1 << 20
@@ -56,12 +59,24 @@ class Shape(Struct, frozen=True, kw_only=True):
     sent_layers: Annotated[tuple[int, ...], Meta(max_length=512)]
 
 
+class Kept(Struct, frozen=True, kw_only=True):
+    """Which entries of a cache were kept. entries: of each sent layer and head; by_head: heads kept different ones.
+
+    mask: a bit for each token that the receiver does not prefill itself, set where its entry is there; for each sent
+    layer, and each head if by_head; packed, then deflated.
+    """
+
+    entries: Annotated[int, Meta(ge=1, le=65_536)]
+    by_head: bool
+    mask: Annotated[bytes, Meta(max_length=MAX_HEADER_BYTES)]
+
+
 class Header(Struct, frozen=True, kw_only=True):
     """The payload's header. tokens is of the whole context; own_ids are its first tokens, id_bytes each.
 
     widths: with codec "affine", the bits of each sent layer; else empty. transform, level: with codec "klt" alone, its
-    id and how coarsely its components are quantized. facts: what the sender says of the context beside its cache, for
-    the receiver to put before the question.
+    id and how coarsely its components are quantized. kept: which entries are there, if not all. facts: what the sender
+    says of the context beside its cache, for the receiver to put before the question.
     """
 
     format_version: Annotated[int, Meta(ge=FORMAT_VERSION, le=FORMAT_VERSION)] = FORMAT_VERSION
@@ -80,6 +95,7 @@ class Header(Struct, frozen=True, kw_only=True):
     tokens: Tokens
     id_bytes: Annotated[int, Meta(ge=1, le=4)]
     own_ids: Annotated[bytes, Meta(max_length=MAX_HEADER_BYTES)]
+    kept: Kept | None = None
     facts: Annotated[tuple[Fact, ...], Meta(max_length=MAX_FACTS)] = ()
 
     @property
@@ -90,16 +106,35 @@ class Header(Struct, frozen=True, kw_only=True):
         """The own token ids, unpacked."""
         return [int(token) for token in np.frombuffer(self.own_ids, dtype=f"<u{self.id_bytes}")]
 
+    @property
+    def entries(self) -> int:
+        """Entries of each sent layer that the slices carry."""
+        return self.tokens - self.own_tokens if self.kept is None else self.kept.entries
+
     def slice_starts(self) -> list[tuple[int, int]]:
-        """(first position, tokens) of every slice, in order."""
+        """(first entry, entries) of every slice, in order."""
         return [
-            (start, min(self.slice_tokens, self.tokens - start))
-            for start in range(self.own_tokens, self.tokens, self.slice_tokens)
+            (start, min(self.slice_tokens, self.entries - start)) for start in range(0, self.entries, self.slice_tokens)
         ]
 
-    def body_bytes(self, tokens: int) -> int | None:
-        """Size of the body of a slice of so many tokens; None if that depends on what is in it."""
-        of_a_layer = 2 * self.shape.kv_heads * self.shape.head_dim * tokens
+    def positions(self) -> dict[int, Int32]:
+        """Of each sent layer the positions of its entries, int32 (entries,), or (kv_heads, entries) if heads differ.
+
+        Raises PayloadRejected if the header's own account of them does not add up.
+        """
+        layers, span = self.shape.sent_layers, self.tokens - self.own_tokens
+        if self.kept is None:
+            return dict.fromkeys(layers, np.arange(self.own_tokens, self.tokens, dtype=np.int32))
+        heads = self.shape.kv_heads if self.kept.by_head else 1
+        bits = _unmasked(self.kept.mask, len(layers) * heads * span).reshape(-1, span)
+        if np.any(np.count_nonzero(bits, axis=1) != self.kept.entries):
+            raise PayloadRejected("kept", f"not {self.kept.entries} entries of every layer")
+        at = (np.nonzero(bits)[1] + self.own_tokens).astype(np.int32).reshape(len(layers), heads, -1)
+        return {layer: rows if self.kept.by_head else rows[0] for layer, rows in zip(layers, at, strict=True)}
+
+    def body_bytes(self, entries: int) -> int | None:
+        """Size of the body of a slice of so many entries; None if that depends on what is in it."""
+        of_a_layer = 2 * self.shape.kv_heads * self.shape.head_dim * entries
         sent = len(self.shape.sent_layers)
         if self.codec == "klt":
             return None
@@ -108,12 +143,12 @@ class Header(Struct, frozen=True, kw_only=True):
             return 8 + 16 * sent + codes
         return 8 + sent * of_a_layer * (4 if self.codec == "float32" else 2)
 
-    def body_limit_bytes(self, tokens: int) -> int:
+    def body_limit_bytes(self, entries: int) -> int:
         """What the body of such a slice never exceeds."""
-        exact = self.body_bytes(tokens)
+        exact = self.body_bytes(entries)
         if exact is not None:
             return exact
-        return 8 + most_bytes(2 * len(self.shape.sent_layers) * self.shape.kv_heads * self.shape.head_dim * tokens)
+        return 8 + most_bytes(2 * len(self.shape.sent_layers) * self.shape.kv_heads * self.shape.head_dim * entries)
 
     def places_by_width(self) -> list[tuple[int, list[int]]]:
         """(bits, places in sent_layers of the layers that have so many), bits rising."""
@@ -121,14 +156,13 @@ class Header(Struct, frozen=True, kw_only=True):
 
     def decoded_bytes(self) -> int:
         """Memory that the decoded slices will occupy as float32."""
-        per_token = 2 * len(self.shape.sent_layers) * self.shape.kv_heads * self.shape.head_dim * 4
-        return per_token * (self.tokens - self.own_tokens)
+        return 2 * len(self.shape.sent_layers) * self.shape.kv_heads * self.shape.head_dim * 4 * self.entries
 
     def payload_bytes(self) -> int | None:
         """Exact size of the whole payload, if it is known before a slice is coded."""
         total = len(MAGIC) + 4 + len(_pack_header(self)) + DIGEST_BYTES + 5 + FINAL_DIGEST_BYTES
-        for _, tokens in self.slice_starts():
-            body = self.body_bytes(tokens)
+        for _, entries in self.slice_starts():
+            body = self.body_bytes(entries)
             if body is None:
                 return None
             total += 5 + body + DIGEST_BYTES
@@ -140,11 +174,22 @@ def pack_ids(ids: list[int], id_bytes: int) -> bytes:
     return np.asarray(ids, dtype=f"<u{id_bytes}").tobytes()
 
 
+def kept_entries(cache: Cache, *, own_tokens: int, tokens: int, layers: tuple[int, ...]) -> Kept:
+    """What a header says of a cache of which entries were evicted: as many in each of these layers and each head."""
+    by_head = any(cache.layers[layer].positions.ndim > 1 for layer in layers)
+    rows = [row for layer in layers for row in np.atleast_2d(cache.layers[layer].positions)]
+    bits = np.zeros((len(rows), tokens - own_tokens), dtype=np.uint8)
+    for row, positions in zip(bits, rows, strict=True):
+        row[positions - own_tokens] = 1
+    mask = zlib.compress(np.packbits(bits).tobytes(), 9)
+    return Kept(entries=cache.layers[layers[0]].entries, by_head=by_head, mask=mask)
+
+
 def encode(header: Header, cache: Cache | None, transform: Transform | None = None) -> Iterator[bytes]:
     """The payload piece by piece: header, each slice as soon as it is coded, trailer.
 
-    cache must cover positions [own_tokens, tokens) in every sent layer (None when there is nothing to send); transform
-    is the one that the header names, if it does.
+    cache must have the entries that the header announces in every sent layer, those of own tokens aside (None when
+    there is nothing to send); transform is the one that the header names, if it does.
     Raises RecipeInvalid without that, CacheInvalid for a cache that doesn't cover them, or that holds a NaN, an
     infinity, or what fp16 can't hold.
     """
@@ -154,11 +199,10 @@ def encode(header: Header, cache: Cache | None, transform: Transform | None = No
     digest.update(first)
     yield first
     starts = header.slice_starts()
-    for start, tokens in starts:
-        if cache is None:
-            raise CacheInvalid("the header announces slices, but no cache is given")
-        part = cache.between(start, start + tokens)
-        body = struct.pack("<II", start, tokens) + _encode_slice(header, part, tokens, transform)
+    sent = _announced(header, cache)
+    for start, entries in starts:
+        part = sent.part(start, start + entries)
+        body = struct.pack("<II", start, entries) + _encode_slice(header, part, transform)
         piece = SLICE_MARK + struct.pack("<I", len(body)) + body + _digest(body)
         digest.update(piece)
         yield piece
@@ -167,38 +211,61 @@ def encode(header: Header, cache: Cache | None, transform: Transform | None = No
     yield closing + digest.digest()
 
 
-def decode_slice(header: Header, body: bytes | memoryview, transform: Transform | None = None) -> Cache:
-    """One slice's body as a cache, in which layers that were not sent are empty. transform: the header's, if any.
+def decode_slice(
+    header: Header, positions: Mapping[int, Int32], body: bytes | memoryview, transform: Transform | None = None
+) -> Cache:
+    """One slice's body as a cache, in which layers that were not sent are empty. positions, transform: the header's.
 
     Raises PayloadRejected if a field is out of range or a size does not add up.
     """
-    start, tokens = struct.unpack_from("<II", body)
+    start, entries = struct.unpack_from("<II", body)
     data = memoryview(body)[8:]
     shape = header.shape
-    dims = (shape.kv_heads, tokens, shape.head_dim)
-    positions = np.arange(start, start + tokens, dtype=np.int32)
+    dims = (shape.kv_heads, entries, shape.head_dim)
+    here = {layer: at[..., start : start + entries] for layer, at in positions.items()}
     if header.codec == "klt":
         transform, level = _transform(header, transform)
-        sent = dict.fromkeys(shape.sent_layers, tokens)
-        symbols = coded.unpack(transform, level, data, sent)
-        return coded.cache_of(
-            transform, level, symbols, kv_heads=shape.kv_heads, positions=dict.fromkeys(shape.sent_layers, positions)
-        )
+        symbols = coded.unpack(transform, level, data, dict.fromkeys(shape.sent_layers, entries))
+        return coded.cache_of(transform, level, symbols, kv_heads=shape.kv_heads, positions=here)
     tensors = _decode_affine(header, data, dims) if header.codec == "affine" else _decode_float(header, data, dims)
     nothing = np.zeros((shape.kv_heads, 0, shape.head_dim), dtype=np.float32)
-    layers = [Layer(nothing, nothing, positions[:0])] * shape.layers
+    layers = [Layer(nothing, nothing, np.zeros(0, dtype=np.int32))] * shape.layers
     for place, index in enumerate(shape.sent_layers):
-        layers[index] = Layer(tensors[2 * place], tensors[2 * place + 1], positions)
+        layers[index] = Layer(tensors[2 * place], tensors[2 * place + 1], here[index])
     return Cache(tuple(layers))
 
 
-def _encode_slice(header: Header, part: Cache, tokens: int, transform: Transform | None) -> bytes:
-    tensors: list[Float32] = []
-    for index in header.shape.sent_layers:
-        layer = part.layers[index]
-        if layer.entries != tokens:
-            raise CacheInvalid(f"layer {index} has {layer.entries} of the {tokens} entries to be sent")
-        tensors += [layer.keys, layer.values]
+def _announced(header: Header, cache: Cache | None) -> Cache:
+    """The entries that the slices carry."""
+    if not header.entries:
+        return Cache(())
+    if cache is None:
+        raise CacheInvalid("the header announces slices, but no cache is given")
+    sent = cache.between(header.own_tokens, header.tokens) if header.kept is None else cache
+    for index, positions in header.positions().items():
+        layer = sent.layers[index]
+        if not np.array_equal(layer.positions, positions):
+            raise CacheInvalid(f"layer {index} has not the {header.entries} entries to be sent")
+    return sent
+
+
+def _unmasked(mask: bytes, bits: int) -> npt.NDArray[np.uint8]:
+    """So many bits, one in each uint8. Raises PayloadRejected if these bytes hold others."""
+    size = (bits + 7) // 8
+    inflate = zlib.decompressobj()
+    try:
+        packed = inflate.decompress(mask, size + 1)
+    except zlib.error as error:
+        raise PayloadRejected("kept", str(error)) from None
+    if len(packed) != size or not inflate.eof or inflate.unused_data:
+        raise PayloadRejected("kept", f"is not the mask of {bits} entries")
+    return np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=bits)
+
+
+def _encode_slice(header: Header, part: Cache, transform: Transform | None) -> bytes:
+    tensors = [
+        array for index in header.shape.sent_layers for array in (part.layers[index].keys, part.layers[index].values)
+    ]
     if header.codec == "klt":
         transform, level = _transform(header, transform)
         symbols = coded.symbols_of(transform, level, part, header.shape.sent_layers)

@@ -12,7 +12,7 @@ import msgpack
 import msgspec
 
 from edge_agent.errors import PayloadRejected, WrongModel
-from edge_agent.kv.cache import Cache, concatenate
+from edge_agent.kv.cache import Cache, Int32, concatenate
 from edge_agent.kv.payload import (
     DIGEST_BYTES,
     FINAL_DIGEST_BYTES,
@@ -59,6 +59,7 @@ class PayloadReader:
         self._buffer = bytearray()
         self._digest = hashlib.blake2b(digest_size=FINAL_DIGEST_BYTES)
         self.header: Header | None = None
+        self._positions: dict[int, Int32] = {}
         self.caches: list[Cache] = []
         self.complete = False
 
@@ -103,7 +104,9 @@ class PayloadReader:
         record = self._take(len(MAGIC) + 4, length)
         if record is None:
             return False
-        self.header = self._check(_parse_header(record))
+        header = self._check(_parse_header(record))
+        self._positions = header.positions()
+        self.header = header
         return True
 
     def _read_slice(self, header: Header) -> bool:
@@ -112,18 +115,18 @@ class PayloadReader:
         starts = header.slice_starts()
         if len(self.caches) >= len(starts):
             raise PayloadRejected("slice", f"more than the {len(starts)} announced")
-        start, tokens = starts[len(self.caches)]
+        start, entries = starts[len(self.caches)]
         (length,) = struct.unpack_from("<I", self._buffer, 1)
-        exact, most = header.body_bytes(tokens), header.body_limit_bytes(tokens)
+        exact, most = header.body_bytes(entries), header.body_limit_bytes(entries)
         if length < 8 or length > most or exact not in {None, length}:
             needs = f"needs {exact}" if exact is not None else f"needs at most {most}"
             raise PayloadRejected("slice", f"{length} bytes where its shape {needs}")
         body = self._take(5, length)
         if body is None:
             return False
-        if struct.unpack_from("<II", body) != (start, tokens):
-            raise PayloadRejected("slice", "stands at another position than announced")
-        self.caches.append(decode_slice(header, body, self._expectation.transform))
+        if struct.unpack_from("<II", body) != (start, entries):
+            raise PayloadRejected("slice", "stands at another place than announced")
+        self.caches.append(decode_slice(header, self._positions, body, self._expectation.transform))
         return True
 
     def _read_trailer(self, header: Header) -> bool:
@@ -201,6 +204,8 @@ def _parse_header(packed: bytes) -> Header:
         raise PayloadRejected("own_ids", f"{len(header.own_ids)} bytes are no ids of {header.id_bytes} bytes")
     if header.own_tokens > header.tokens:
         raise PayloadRejected("own_ids", f"{header.own_tokens} ids for a context of {header.tokens} tokens")
+    if header.kept is not None and (header.entries > header.tokens - header.own_tokens or not header.shape.sent_layers):
+        raise PayloadRejected("kept", f"{header.entries} entries of {header.tokens - header.own_tokens}")
     return header
 
 

@@ -13,19 +13,25 @@ each but the transform's with any of these, in this order
     -k70                   or the 70 % in which 4 bits cost most KL divergence
     -whole                 one range for a layer's keys (or values) of the whole context, not of each slice
 
-qkvcomm-4 … qkvcomm-8 is the paper's pipeline to the letter: mix4-l70-whole and so on.
+qkvcomm-4 … qkvcomm-8 is the paper's pipeline to the letter: mix4-l70-whole and so on. To any of all these may be added
+
+    -e30                   only the 30 % of each layer's entries that got most attention, and the context's first ones
+    -h30                   the same for each KV head by itself
+    -b4                    what the others' values held beyond theirs is added in 4 directions (Orthogonal BackFill)
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from edge_agent.errors import RecipeInvalid
 from edge_agent.kv.allocation import MAX_BITS, MIN_BITS, allocate
 from edge_agent.kv.bitpack import check_bits
 from edge_agent.kv.cache import Cache
+from edge_agent.kv.evicted import Eviction, evicted
+from edge_agent.kv.eviction import By
 from edge_agent.kv.profile import Profile
 from edge_agent.kv.selection import Selection, attention_on_context, best_layers, layer_scores
 from edge_agent.kv.transform import LEVELS
@@ -45,6 +51,7 @@ _NAME = re.compile(
 )
 _TRANSFORMED = re.compile(r"klt(0|[1-9]\d?)")
 _ALIAS = re.compile(r"qkvcomm-([1-9])")
+_EVICTED = re.compile(r"(?P<base>.+?)-(?P<by>[eh])(?P<kept>[1-9]\d?)(-b(?P<rank>[1-9]\d?))?")
 _MIXES: dict[str, Mix] = {"mix": "error", "klmix": "divergence"}
 
 
@@ -61,7 +68,7 @@ class Recipe:
     """codec "affine" is Q-KVComm's per-tensor quantization at `bits`; one tensor is one layer's keys, or values, of a
     slice of slice_tokens tokens. float32 is lossless, fp16 rounds to half precision. mix: `bits` is the target of a
     30/40/30 allocation by that figure of the profile. selection: only the best layers are sent. codec "klt" is the
-    bundle's transform at `level`.
+    bundle's transform at `level`. eviction: only some entries are sent.
     """
 
     name: str
@@ -71,6 +78,16 @@ class Recipe:
     mix: Mix | None = None
     selection: Selection | None = None
     level: int | None = None
+    eviction: Eviction | None = None
+
+    @property
+    def needs_mass(self) -> bool:
+        """Whether it chooses by the attention that a context's last tokens paid."""
+        return self.eviction is not None or (self.selection is not None and self.selection.by == "attention")
+
+    def reduced(self, cache: Cache) -> Cache:
+        """The entries that are sent of those of a cache. Raises CacheInvalid if they are chosen by mass it has not."""
+        return cache if self.eviction is None else evicted(cache, self.eviction)
 
     def layout(self, layers: int, profile: Profile | None, cache: Cache | None) -> Layout:
         """What is sent of a cache of a model with so many layers, by the model's profile.
@@ -106,6 +123,14 @@ class Recipe:
 
 def recipe(name: str) -> Recipe:
     """The recipe of a rung's name (see above). Raises RecipeInvalid for any other."""
+    less = _EVICTED.fullmatch(name)
+    if less is not None:
+        by: By = "layer" if less["by"] == "e" else "head"
+        eviction = Eviction(int(less["kept"]) / 100, by, int(less["rank"] or 0))
+        base = recipe(less["base"])
+        if base.eviction is not None:
+            raise RecipeInvalid(f"{name} evicts twice")
+        return replace(base, name=name, eviction=eviction)
     transformed = _TRANSFORMED.fullmatch(name)
     if transformed is not None and int(transformed[1]) < LEVELS:
         return Recipe(name, "klt", 0, level=int(transformed[1]))
@@ -114,7 +139,8 @@ def recipe(name: str) -> Recipe:
     if match is None or (match["bits"] is None) != (match["family"] in {"float32", "fp16"}):
         raise RecipeInvalid(
             f"unknown rung {name!r}: known are float32, fp16, klt0 to klt{LEVELS - 1}, q1 to q8, mix4 to mix8, klmix4 "
-            "to klmix8 (with -l70 or -k70 for 70 % of the layers, -whole for whole tensors), and qkvcomm-4 to qkvcomm-8"
+            "to klmix8 (with -l70 or -k70 for 70 % of the layers, -whole for whole tensors), qkvcomm-4 to qkvcomm-8, "
+            "each with -e30 or -h30 for 30 % of the entries (-b4: backfilled)"
         )
     codec, bits = _codec(match["family"], int(match["bits"] or 0))
     return Recipe(
@@ -154,7 +180,12 @@ def _codec(family: str, bits: int) -> tuple[Codec, int]:
 
 
 CANDIDATES: tuple[Recipe, ...] = tuple(
-    recipe(name) for name in ("float32", "fp16", "q8", *(f"klt{level}" for level in range(10)))
+    recipe(name)
+    for name in (
+        *("float32", "fp16", "q8"),
+        *(f"klt{level}" for level in range(10)),
+        *("klt6-h50", "klt6-h30-b2", "klt8-h50"),
+    )
 )
 """Of these a ladder keeps the ones that no other beats in all figures."""
 BASELINES: tuple[Recipe, ...] = tuple(

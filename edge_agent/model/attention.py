@@ -47,8 +47,9 @@ def attention_mass(
     """Share of attention on each entry: float32 (kv_heads, entries), each row summing to one.
 
     queries: rotated, float32 (queries, query_heads · head_dim), of tokens at positions `at`; keys: rotated, float32
-    (kv_heads, entries, head_dim), at `positions`. A token sees entries up to its own position, and of a layer with a
-    sliding window those less than `window` positions back. The mean over queries and the query heads of a KV head.
+    (kv_heads, entries, head_dim), at `positions`, (entries,) or (kv_heads, entries). A token sees entries up to its own
+    position, and of a layer with a sliding window those less than `window` positions back. The mean over queries and
+    the query heads of a KV head.
     """
     kv_heads, entries, head_dim = keys.shape
     count = len(at)
@@ -57,10 +58,9 @@ def attention_mass(
     scores = (stacked.reshape(kv_heads, group * count, head_dim) @ keys.transpose(0, 2, 1)).reshape(
         kv_heads, group, count, entries
     )
-    hidden = positions[None] > at[:, None]
-    if window is not None:
-        hidden |= at[:, None] - positions[None] >= window
-    scores += np.where(hidden, np.float32(-np.inf), np.float32(0))
+    back = at[:, None] - np.atleast_2d(positions)[:, None]
+    hidden = back < 0 if window is None else (back < 0) | (back >= window)
+    scores += np.where(hidden, np.float32(-np.inf), np.float32(0))[:, None]
     scores -= scores.max(-1, keepdims=True)
     np.exp(scores, out=scores)
     scores /= scores.sum(-1, keepdims=True)

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 import psutil
 
-from edge_agent.errors import MemoryShort
+from edge_agent.errors import MemoryShort, ModelUnsupported
 from edge_agent.kv.cache import Float32, Int32
 
 RESERVE_BYTES = 16 << 20
@@ -28,6 +28,7 @@ class Form:
     layers: int
     kv_heads: int
     head_dim: int
+    query_heads: int = 1
 
     @property
     def entry_bytes(self) -> int:
@@ -55,7 +56,9 @@ class Buffer:
         shape = (form.layers, 2, form.kv_heads, capacity, form.head_dim)
         self._block: Float32 = np.frombuffer(memory, dtype=np.float32).reshape(shape)
         self.filled: Int32 = np.zeros(form.layers, dtype=np.int32)
-        self._positions: Int32 = np.zeros((form.layers, capacity), dtype=np.int32)
+        self._positions: Int32 = np.zeros((form.layers, form.kv_heads, capacity), dtype=np.int32)
+        self._apart = np.zeros(form.layers, dtype=bool)
+        """Of each layer, whether its heads hold entries of different tokens."""
         self.values = [
             ort.OrtValue.ortvalue_from_numpy(self._block[layer, kind][None])
             for layer in range(form.layers)
@@ -77,8 +80,16 @@ class Buffer:
         return self._block[layer, 1, :, : self.filled[layer]]
 
     def positions(self, layer: int) -> Int32:
-        """Positions of a layer's entries, (entries,), a view."""
-        return self._positions[layer, : self.filled[layer]]
+        """Positions of a layer's entries, a view: (entries,), or (kv_heads, entries) where heads differ."""
+        heads = slice(None) if self._apart[layer] else 0
+        return self._positions[layer, heads, : self.filled[layer]]
+
+    def counted(self, layer: int, position: int) -> int:
+        """A layer's entries before a position. Raises ModelUnsupported if its heads have not as many there."""
+        counts = np.atleast_1d((self.positions(layer) < position).sum(axis=-1))
+        if np.any(counts != counts[0]):
+            raise ModelUnsupported(f"position {position} is inside entries that differ by head")
+        return int(counts[0])
 
     def note(self, positions: Int32) -> None:
         """Entries that a run has written behind those of every layer, at these positions."""
@@ -86,39 +97,43 @@ class Buffer:
         if self.entries + count > self.capacity:
             raise ValueError(f"{count} entries more than the buffer's {self.capacity} were written")
         for layer, filled in enumerate(self.filled):
-            self._positions[layer, filled : filled + count] = positions
+            self._positions[layer, :, filled : filled + count] = positions
         self.filled += np.int32(count)
 
     def forget(self, position: int) -> None:
-        """Drop the entries at `position` and after, of every layer."""
-        for layer in range(self.form.layers):
-            self.filled[layer] = np.searchsorted(self.positions(layer), position)
+        """Drop the entries at `position` and after, of every layer. Raises like `counted`; nothing is changed then."""
+        self.filled[:] = [self.counted(layer, position) for layer in range(self.form.layers)]
 
     def write(self, layer: int, keys: Float32, values: Float32, positions: Int32) -> None:
-        """Put entries behind those of a layer. Raises ValueError if they do not fit."""
+        """Put entries behind those of a layer, positions (entries,) or (kv_heads, entries).
+
+        Raises ValueError if they do not fit.
+        """
         start = int(self.filled[layer])
-        stop = start + len(positions)
+        stop = start + positions.shape[-1]
         if stop > self.capacity:
             raise ValueError(f"{stop} entries do not fit a buffer of {self.capacity}")
         self._block[layer, 0, :, start:stop] = keys
         self._block[layer, 1, :, start:stop] = values
-        self._positions[layer, start:stop] = positions
+        self._positions[layer, :, start:stop] = positions
+        self._apart[layer] |= positions.ndim > 1
         self.filled[layer] = stop
 
     def window_bias(self, layer: int, window: int, positions: Int32, total: int) -> Float32:
         """What a run over tokens at `positions` adds to the scores of a layer with a sliding window.
 
-        Float32 (1, 1, tokens, total): zeros, but MASKED for an entry that stands `window` positions or more before the
-        token. The graph itself counts entries, which is the same as long as positions have no gap within reach.
+        Float32 (1, 1, tokens, total), or (1, query_heads, tokens, total) where heads hold different entries: zeros, but
+        MASKED for an entry that stands `window` positions or more before the token. The graph itself counts entries,
+        which is the same as long as positions have no gap within reach.
         """
         tokens = len(positions)
-        held = self.positions(layer)
-        reach = held[max(0, len(held) - window) :]
-        if not len(reach) or positions[0] - reach[0] == len(reach):
+        held = np.atleast_2d(self.positions(layer))
+        reach = held[:, max(0, held.shape[1] - window) :]
+        if not reach.size or np.all(positions[0] - reach[:, 0] == reach.shape[1]):
             return _zeros(tokens * total).reshape(1, 1, tokens, total)
-        bias = np.zeros((1, 1, tokens, total), dtype=np.float32)
-        bias[0, 0, :, : len(held)][positions[:, None] - held >= window] = MASKED
-        return bias
+        bias = np.zeros((1, len(held), tokens, total), dtype=np.float32)
+        bias[0, :, :, : held.shape[1]][positions[None, :, None] - held[:, None] >= window] = MASKED
+        return bias if len(held) == 1 else np.repeat(bias, self.form.query_heads // len(held), axis=1)
 
     def copy(self, capacity: int, *, room: int = 0) -> Buffer:
         """The same entries in a buffer of another capacity, of which `room` more will be filled soon.
@@ -128,8 +143,9 @@ class Buffer:
         other = Buffer(self.form, capacity, used=self.entries + room)
         for layer, count in enumerate(self.filled):
             other._block[layer, :, :, :count] = self._block[layer, :, :, :count]
-            other._positions[layer, :count] = self._positions[layer, :count]
+            other._positions[layer, :, :count] = self._positions[layer, :, :count]
         other.filled[:] = self.filled
+        other._apart[:] = self._apart
         return other
 
 

@@ -4,41 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edge_agent.errors import RecipeInvalid
+from edge_agent.errors import CacheInvalid, RecipeInvalid
 from edge_agent.facts.fact import Fact
 from edge_agent.kv.cache import Cache
-from edge_agent.kv.payload import Header, Shape, pack_ids
+from edge_agent.kv.payload import Header, Shape, kept_entries, pack_ids
 from edge_agent.kv.reader import Expectation
 from edge_agent.kv.recipe import Layout, Recipe
 from edge_agent.kv.transform import Transform
 from edge_agent.model.manifest import Manifest
 
 
-def payload_header(
+def to_send(
     manifest: Manifest,
     context_id: str,
     ids: Sequence[int],
+    cache: Cache | None,
     *,
     own_tokens: int,
     rung: Recipe,
-    cache: Cache | None = None,
     facts: Sequence[Fact] = (),
-) -> Header:
-    """The header of a payload that sends the first own_tokens of ids as ids and the rest as entries at `rung`.
+) -> tuple[Header, Cache | None]:
+    """The header of a payload that sends the first own_tokens of ids as ids and the rest as entries at `rung`, and the
+    cache of these entries (None if there are none).
 
-    cache: the context's, by whose attention layers are chosen if `rung` chooses any. Raises RecipeInvalid, CacheInvalid
-    like Recipe.layout.
+    cache: the whole context's. Raises RecipeInvalid, CacheInvalid like Recipe.layout and Recipe.reduced, and
+    RecipeInvalid for a rung that needs a transform, which the bundle lacks.
     """
+    layout, kept, sent = Layout(()), None, None
+    if own_tokens < len(ids):
+        layout = rung.layout(len(manifest.layers), manifest.profile, cache)
+        if cache is None:
+            raise CacheInvalid("entries are to be sent, but no cache is given")
+        sent = rung.reduced(cache.between(own_tokens, len(ids)))
+        if rung.eviction is not None:
+            kept = kept_entries(sent, own_tokens=own_tokens, tokens=len(ids), layers=layout.layers)
     id_bytes = manifest.info().bytes_per_token_id
-    layers = len(manifest.layers)
-    layout = Layout(()) if own_tokens == len(ids) else rung.layout(layers, manifest.profile, cache)
-    return Header(
+    header = Header(
         fingerprint=manifest.fingerprint,
         tokenizer=manifest.tokenizer_digest,
         weight_precision=manifest.weight_precision,
         context_id=context_id,
         prefix=manifest.prefix_id,
-        shape=Shape(layers=layers, kv_heads=manifest.kv_heads, head_dim=manifest.head_dim, sent_layers=layout.layers),
+        shape=Shape(
+            layers=len(manifest.layers),
+            kv_heads=manifest.kv_heads,
+            head_dim=manifest.head_dim,
+            sent_layers=layout.layers,
+        ),
         codec=rung.codec,
         widths=layout.widths,
         transform=_transform_id(manifest, rung) if rung.codec == "klt" else None,
@@ -48,8 +60,10 @@ def payload_header(
         tokens=len(ids),
         id_bytes=id_bytes,
         own_ids=pack_ids(list(ids[:own_tokens]), id_bytes),
+        kept=kept,
         facts=tuple(facts),
     )
+    return header, sent
 
 
 def _transform_id(manifest: Manifest, rung: Recipe) -> str:

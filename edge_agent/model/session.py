@@ -104,7 +104,9 @@ class Model:
         self.windows = [
             (i, layer.sliding_window) for i, layer in enumerate(self.manifest.layers) if layer.sliding_window
         ]
-        self.form = Form(len(self.manifest.layers), self.manifest.kv_heads, self.manifest.head_dim)
+        self.form = Form(
+            len(self.manifest.layers), self.manifest.kv_heads, self.manifest.head_dim, self.manifest.query_heads
+        )
 
     def _transform(self, bundle: Path) -> Transform | None:
         """The bundle's transform of caches. Raises BundleInvalid if it is not the manifest's."""
@@ -144,11 +146,23 @@ class Model:
     def rotated(self, layer: int, keys: Float32, positions: Int32) -> Float32:
         """Keys of a layer, float32 (kv_heads, entries, head_dim), with the phase of positions (entries,).
 
-        By the operator that the graph itself uses: at the same position the same key gets the same bits.
+        By the operator that the graph itself uses: at the same position the same key gets the same bits. positions may
+        be (kv_heads, entries), each head's own.
         """
+        if positions.ndim > 1:
+            heads = [self.rotated(layer, keys[i : i + 1], own) for i, own in enumerate(positions)]
+            return np.concatenate(heads)
         cosine, sine = angles(positions, self.frequencies(layer))
         found: Float32 = self._rotation.run(None, {"keys": keys[None], "cos": cosine, "sin": sine})[0][0]
         return found
+
+    def unrotated(self, layer: int, keys: Float32, positions: Int32) -> Float32:
+        """The inverse of `rotated`, exact up to float32 rounding."""
+        frequencies = self.frequencies(layer)
+        if positions.ndim == 1:
+            return unrotate(keys, positions, frequencies)
+        heads = [unrotate(keys[i : i + 1], own, frequencies) for i, own in enumerate(positions)]
+        return np.concatenate(heads)
 
     def angles(self, positions: Int32) -> list[tuple[Float32, Float32]]:
         """Cosines and sines, float32 (tokens, head_dim/2), of each rotary embedding."""
@@ -318,7 +332,7 @@ class LiveContext:
         """Forget what was read from `position` on, which is read next.
 
         Of the queries that were kept for `attention_mass`, those before it stay; earlier ones do not come back.
-        Raises ModelUnsupported for a position that was not read.
+        Raises ModelUnsupported for a position that was not read, or inside entries that differ by head.
         """
         if not 0 <= position <= self._next_position:
             raise ModelUnsupported(f"position {position} of {self._next_position} can't be gone back to")
@@ -332,7 +346,7 @@ class LiveContext:
 
         Exact where keys were kept while they were read, else within float32 rounding. mass: with the attention that
         the last tokens paid to each entry. Raises ModelUnsupported for positions that were not read, or if mass is
-        wanted and no queries were kept.
+        wanted and no queries were kept, or for a bound inside entries that differ by head.
         """
         if not 0 <= start <= stop <= self._next_position:
             raise ModelUnsupported(f"positions {start} to {stop} of {self._next_position} can't be extracted")
@@ -341,13 +355,15 @@ class LiveContext:
         masses = self.attention_mass() if mass else None
         for index in range(self._model.form.layers):
             positions = self._buffer.positions(index)
-            first, last = np.searchsorted(positions, (start, stop))
+            first, last = self._buffer.counted(index, start), self._buffer.counted(index, stop)
             values = self._buffer.layer_values(index)[:, first:last].copy()
-            at = positions[first:last]
+            at = positions[..., first:last]
+            if at.ndim > 1 and (at == at[0]).all():
+                at = at[0]
             if plain is None:
-                keys = unrotate(self._buffer.keys(index)[:, first:last], at, self._model.frequencies(index))
+                keys = self._model.unrotated(index, self._buffer.keys(index)[:, first:last], at)
             else:
-                keys = np.ascontiguousarray(plain[index].reshape(len(at), *values.shape[::2]).transpose(1, 0, 2))
+                keys = np.ascontiguousarray(plain[index].reshape(last - first, *values.shape[::2]).transpose(1, 0, 2))
             share = None if masses is None else masses[index][:, first:last].copy()
             layers.append(Layer(keys, values, at - np.int32(start), share))
         return Cache(tuple(layers))
@@ -370,7 +386,7 @@ class LiveContext:
                     f"layer {index} of a cache has {heads} KV heads of {head_dim}, "
                     f"the model {form.kv_heads} of {form.head_dim}"
                 )
-        last = max((int(layer.positions[-1]) + 1 for layer in cache.layers if layer.entries), default=0)
+        last = max((int(layer.positions[..., -1].max()) + 1 for layer in cache.layers if layer.entries), default=0)
         span = last if tokens is None else tokens
         if last > span:
             raise ModelUnsupported(f"a cache with an entry at position {last - 1} does not fit {span} tokens")

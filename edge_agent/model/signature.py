@@ -6,7 +6,7 @@ Inputs
     filled                     int32 (layers,): entries of each layer after this run, less one
     total_entries              int32 (): the largest number of entries of any layer after this run
     rotary.E.cos, rotary.E.sin float32 (tokens, head_dim/2): of each rotary embedding, at the tokens' positions
-    window_bias.I              float32 (1, 1, tokens, total_entries): added to scores, of layers with a window
+    window_bias.I              float32 (1, 1 or query_heads, tokens, total_entries): added to scores where windows slide
     past.I.key, past.I.value   float32 (1, kv_heads, capacity, head_dim): a buffer, entries in front
 Outputs
     logits                     float32 (1, rows, vocabulary)

@@ -2,7 +2,8 @@
 
 Known by their content, not their name: JSON lines with `context`, `question` and `answers` (ours, and those that
 Hugging Face's `datasets` writes of SQuAD and HotpotQA), SQuAD's own JSON (1.1 and 2.0), HotpotQA's own JSON.
-What can't be asked is skipped and named, line by line; a file that holds nothing else is refused.
+What can't be asked is skipped and named, line by line; a file that holds nothing else is refused. Multiple choice
+comes as JSON lines with `choices` and `answer_index`, from 0; where it has no context, its question stands as one.
 """
 
 from __future__ import annotations
@@ -19,23 +20,31 @@ from msgspec import Struct
 from scripts.evaluate.errors import DataInvalid
 
 MAX_CHARACTERS = 1_000_000
+MAX_CHOICES = 64
+WHICH = "What is the answer?"
+"""Asked about a context that is itself the question."""
 
 _BOM = b"\xef\xbb\xbf"
 
 
 class Item(Struct, frozen=True, kw_only=True):
-    """A question on a context. answers: references, any of which is right; none where the set gives none."""
+    """A question on a context. answers: references, any of which is right; none where the set gives none.
+
+    choices: of a multiple-choice question, `right` being the place of the right one.
+    """
 
     id: str
     dataset: str
     context: str
     question: str
     answers: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    right: int | None = None
 
     @property
     def about(self) -> str:
         """Digest of what is asked and of what counts as right, whatever the item is called."""
-        return _digest(self.context, self.question, *self.answers)
+        return _digest(self.context, self.question, *self.answers, *self.choices)
 
     @property
     def context_digest(self) -> str:
@@ -158,13 +167,18 @@ def _item(found: Any, dataset: str, known: Container[str]) -> Item:
     name = _text(found, "id" if "id" in found else "_id")
     if name in known:
         raise _Unusable(f"id {name[:80]!r} stands there twice")
-    context = found.get("context")
+    context, (choices, right) = found.get("context"), _choices(found)
+    alone = bool(choices) and not context
+    if alone:
+        context = _text(found, "question")
     return Item(
         id=name,
         dataset=dataset,
         context=_text({"context": context if isinstance(context, str | None) else _paragraphs(context)}, "context"),
-        question=_text(found, "question"),
+        question=WHICH if alone else _text(found, "question"),
         answers=_answers(found),
+        choices=choices,
+        right=right,
     )
 
 
@@ -217,6 +231,22 @@ def _answers(found: dict[str, Any]) -> tuple[str, ...]:
     if any(len(answer) > MAX_CHARACTERS for answer in given):
         raise _Unusable(f"an answer has more than {MAX_CHARACTERS:,} characters")
     return tuple(dict.fromkeys(answer for answer in given if answer.strip()))
+
+
+def _choices(found: dict[str, Any]) -> tuple[tuple[str, ...], int | None]:
+    """The choices and the place of the right one; none where it is no multiple-choice question."""
+    if found.get("choices") is None:
+        return (), None
+    try:
+        choices = msgspec.convert(found["choices"], tuple[str, ...])
+        right = msgspec.convert(found.get("answer_index"), int)
+    except msgspec.ValidationError:
+        raise _Unusable("choices are not a list of texts with an answer_index") from None
+    if not 2 <= len(choices) <= MAX_CHOICES or not all(text.strip() for text in choices):
+        raise _Unusable(f"has {len(choices)} choices, or a blank one; 2 to {MAX_CHOICES} are taken")
+    if not 0 <= right < len(choices):
+        raise _Unusable(f"answer_index {right} is none of its {len(choices)} choices")
+    return choices, right
 
 
 def _digest(*texts: str) -> str:

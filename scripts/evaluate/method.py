@@ -22,11 +22,22 @@ GROUPS = {
         "fp16-l70",
         "fp16-k70",
     ),
+    "eviction": (
+        TEXT,
+        NONE,
+        *(
+            f"fp16-{by}{share}{filled}"
+            for by, rank in (("e", 4), ("h", 2))
+            for filled in ("", f"-b{rank}")
+            for share in (50, 30, 20, 10, 5)
+        ),
+    ),
     "codec": (TEXT, NONE, "fp16", "q8", "q6", "q4", "mix6-whole", *(f"klt{level}" for level in range(10))),
 }
 """table: the paper's pipeline with and without facts, ours at the same size, and the baselines. parts: the pipeline's
 steps one by one, and facts beside uniform widths. codec: the transform at every level of the ladder, beside plain
-widths and the paper's mix with all layers.
+widths and the paper's mix with all layers. eviction: 5 to 50 % of the entries, chosen by layer and by head, with and
+without backfill.
 """
 
 

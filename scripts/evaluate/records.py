@@ -33,7 +33,8 @@ class Record(Struct, frozen=True, kw_only=True):
     None for an empty answer. gold_logprob: the first reference's mean under this method. kl (nats) and agreement: over
     `positions` along the uncompressed answer. elements: values of the whole cache, where any of it is sent; fp16_bytes:
     what that cache takes in fp16; payload_bytes: all that is sent. context_s: the receiver's prefill of context sent as
-    text; answer_s: from the question to the last token.
+    text; answer_s: from the question to the last token. choice: whether of a multiple-choice question's choices the
+    right one has the best mean log-probability; None for other questions.
     """
 
     item: str
@@ -62,6 +63,7 @@ class Record(Struct, frozen=True, kw_only=True):
     decode_s: float
     context_s: float
     answer_s: float
+    choice: float | None = None
 
     @property
     def key(self) -> tuple[str, str, str]:

@@ -15,7 +15,7 @@ from edge_agent.kv.cache import Cache
 from edge_agent.kv.calibration import Calibration, apply
 from edge_agent.kv.payload import encode
 from edge_agent.kv.recipe import recipe
-from edge_agent.model.exchange import payload_header
+from edge_agent.model.exchange import to_send
 from edge_agent.model.session import LiveContext, Model, Runtime
 from edge_agent.model.text import Text
 from scripts import relay
@@ -139,6 +139,7 @@ class Pair:
             decode_s=given.decode_s,
             context_s=given.context_s,
             answer_s=answer_s,
+            choice=self._choice(item, given.live, last),
         )
 
     def _give(self, case: Case, method: Method) -> _Given:
@@ -160,8 +161,9 @@ class Pair:
     def _bytes_without_entries(self, ids: Sequence[int], facts: Sequence[Fact]) -> int:
         """Size of a payload that carries a context as token ids, or nothing but facts."""
         manifest = self._receiver.manifest
-        header = payload_header(manifest, "0" * 32, ids, own_tokens=len(ids), rung=recipe("float32"), facts=facts)
-        return len(b"".join(encode(header, None)))
+        rung = recipe("float32")
+        header, nothing = to_send(manifest, "0" * 32, ids, None, own_tokens=len(ids), rung=rung, facts=facts)
+        return len(b"".join(encode(header, nothing)))
 
     def _placed(self, case: Case, payload: bytes) -> LiveContext:
         """The receiver with the received cache behind its prefix."""
@@ -182,6 +184,14 @@ class Pair:
     def _gold(self, item: Item) -> list[int]:
         """Ids of the first reference answer as it would follow `Answer:`, of a long one the first."""
         return self._text.ids(f" {item.answers[0]}")[:MAX_GOLD_TOKENS] if item.answers else []
+
+    def _choice(self, item: Item, live: LiveContext, last: int) -> float | None:
+        """Whether the right choice is the likeliest by its mean token, 0 or 1; None if the item has no choices."""
+        if not item.choices:
+            return None
+        choices = [self._text.ids(f" {choice}")[:MAX_GOLD_TOKENS] for choice in item.choices]
+        likely = [self._mean_logprob(live, last, ids) for ids in choices]
+        return float(int(np.argmax([-np.inf if each is None else each for each in likely])) == item.right)
 
     def _reference_logprob(self, case: Case, answer: Sequence[int]) -> float | None:
         key, reference = tuple(answer), case.reference

@@ -23,6 +23,7 @@ METRICS = (
     "gold_logprob",
     "kl",
     "agreement",
+    "choice",
 )
 CONFIDENCE = 0.95
 RESAMPLES = 2_000
@@ -62,6 +63,7 @@ class Row(Struct, frozen=True, kw_only=True):
     gold_logprob: Estimate | None
     kl: Estimate | None
     agreement: Estimate | None
+    choice: Estimate | None
     bits_per_element: float | None
     ratio_fp16: float | None
     payload_bytes: int
@@ -169,6 +171,7 @@ def _row(dataset: str, method: str, records: Sequence[Record]) -> Row:
         gold_logprob=metrics["gold_logprob"],
         kl=metrics["kl"],
         agreement=metrics["agreement"],
+        choice=metrics["choice"],
         bits_per_element=8 * payload / elements if elements else None,
         ratio_fp16=fp16 / payload if elements else None,
         payload_bytes=payload,

@@ -41,9 +41,10 @@ def quality(rows: Sequence[Row]) -> str:
     """What each method keeps of the answers, a table for each data set."""
     head = ["method", "bits/element", "× fp16", "EM", "F1", "completeness"]
     head += ["relevance", "fidelity", "KL, nats", "agreement"]
+    chosen = any(row.choice is not None for row in rows)
     return _by_dataset(
         rows,
-        head,
+        [*head, "right choice"] if chosen else head,
         lambda row: (
             row.method,
             _number(row.bits_per_element, 2),
@@ -52,6 +53,7 @@ def quality(rows: Sequence[Row]) -> str:
             *(_shown(each, "{:z.3f}".format) for each in (row.relevance, row.fidelity)),
             _shown(row.kl, kl_text),
             _shown(row.agreement, "{:z.3f}".format),
+            *([_percent(row.choice)] if chosen else []),
         ),
     )
 

@@ -198,7 +198,7 @@ def rewrite_all(job: RewriteJob, say: Callable[[Event], None]) -> Rewritten:
     for place in places.values():
         place.parent.mkdir()
         rotation = place.with_name(ROTATION_FILE)
-        storing.save_rotation(rotation, kv_heads=shape.kv_heads, head_dim=shape.head_dim, opset=graph.opset)
+        storing.save_rotation(rotation, head_dim=shape.head_dim, opset=graph.opset)
     with graph.kept():
         weights.to_fp32(graph)
         storing.save(graph, places[Weights.FP32])

@@ -27,10 +27,15 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 class Context(Struct, frozen=True):
-    """A context: its ids, and for each layer the positions whose entries are missing."""
+    """A context: its ids, and for each layer the positions of missing entries; by_head: for each KV head, too."""
 
     ids: tuple[int, ...]
     hidden: tuple[tuple[int, ...], ...] = ((),) * tiny.LAYERS
+    by_head: tuple[tuple[tuple[int, ...], ...], ...] = ()
+
+    def missing(self, layer: int, head: int) -> set[int]:
+        """Positions whose entries a KV head lacks."""
+        return set(self.by_head[layer][head] if self.by_head else self.hidden[layer])
 
 
 class Case(Struct, frozen=True, kw_only=True):
@@ -101,9 +106,9 @@ class _Reference:
         past: Any = None,
         *,
         start: int | None = None,
-        hidden: Sequence[set[int]] | None = None,
+        hidden: Sequence[Sequence[set[int]]] | None = None,
     ) -> Any:
-        """Read ids after a cache; hidden: masks made here, without these positions in each layer."""
+        """Read ids after a cache; hidden: masks made here, without these positions in each layer and KV head."""
         torch = self._torch
         past = past or self._new_cache()
         held = past.get_seq_length()
@@ -118,14 +123,15 @@ class _Reference:
                 output_attentions=True,
             )
 
-    def _mask(self, layer: int, at: npt.NDArray[np.int64], hidden: set[int]) -> Any:
+    def _mask(self, layer: int, at: npt.NDArray[np.int64], hidden: Sequence[set[int]]) -> Any:
         columns = np.arange(at[-1] + 1)
         masked = columns[None] > at[:, None]
-        masked |= np.isin(columns, sorted(hidden))[None]
         window = self._windows[layer]
         if window is not None:
             masked |= at[:, None] - columns[None] >= window
-        return self._torch.from_numpy(np.where(masked, -1e300, 0.0))[None, None]
+        heads = np.stack([masked | np.isin(columns, sorted(missing))[None] for missing in hidden])
+        of_queries = np.repeat(heads, self._model.config.num_attention_heads // self._kv_heads, axis=0)
+        return self._torch.from_numpy(np.where(of_queries, -1e300, 0.0))[None]
 
     def case(self, prefix: Sequence[int], case: Case) -> dict[str, Float64]:
         past, hidden = self._joined(prefix, case.contexts)
@@ -144,16 +150,17 @@ class _Reference:
         mass: Float64 = last.reshape(self._kv_heads, -1, last.shape[-1]).mean(1)
         return mass
 
-    def _joined(self, prefix: Sequence[int], contexts: Sequence[Context]) -> tuple[Any, list[set[int]]]:
+    def _joined(self, prefix: Sequence[int], contexts: Sequence[Context]) -> tuple[Any, list[list[set[int]]]]:
         layers = range(len(self._windows))
-        hidden: list[set[int]] = [set() for _ in layers]
+        hidden: list[list[set[int]]] = [[set() for _ in range(self._kv_heads)] for _ in layers]
         if not prefix:
             return None, hidden
         joined, at = self.states(self.read(prefix)), len(prefix)
         for context in contexts:
             stood = np.arange(len(prefix), len(prefix) + len(context.ids))
             for layer, (keys, values) in enumerate(self.states(self.read([*prefix, *context.ids]))):
-                hidden[layer] |= {at + position for position in context.hidden[layer]}
+                for head, missing in enumerate(hidden[layer]):
+                    missing |= {at + position for position in context.missing(layer, head)}
                 keys = self._turned(layer, keys[:, :, len(prefix) :], -stood)  # noqa: PLW2901
                 keys = self._turned(layer, keys, stood - len(prefix) + at)  # noqa: PLW2901
                 held = joined[layer]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
+import msgspec
 import numpy as np
 from hypothesis import strategies as st
 
 from edge_agent.kv.cache import Cache, Layer
-from edge_agent.kv.payload import Header, Shape, pack_ids
+from edge_agent.kv.eviction import taken
+from edge_agent.kv.payload import Header, Shape, kept_entries, pack_ids
 from edge_agent.kv.profile import Profile
 from edge_agent.kv.reader import Expectation
 from edge_agent.kv.recipe import Recipe
@@ -79,6 +82,21 @@ def header_for(
     )
 
 
+def evicted_for(cache: Cache, rung: Recipe, *, own: int = 0, slice_tokens: int | None = None) -> tuple[Header, Cache]:
+    """The same for a rung that evicts, and the entries that are then sent."""
+    header = header_for(cache, rung, own=own, slice_tokens=slice_tokens)
+    rest = rung.reduced(cache.between(own, header.tokens))
+    kept = kept_entries(rest, own_tokens=own, tokens=header.tokens, layers=header.shape.sent_layers)
+    return msgspec.structs.replace(header, kept=kept), rest
+
+
+def attended(cache: Cache, *, seed: int = 0) -> Cache:
+    """The same with attention mass, by chance."""
+    rng = np.random.default_rng(seed)
+    masses = [rng.dirichlet(np.full(cache.entries, 0.3), len(layer.keys)).astype(np.float32) for layer in cache.layers]
+    return Cache(tuple(replace(layer, mass=mass) for layer, mass in zip(cache.layers, masses, strict=True)))
+
+
 def expectation_for(cache: Cache, **changes: object) -> Expectation:
     """What a receiver expects that can use `cache`, by a transform for its shape if need be."""
     heads, _, dim = cache.layers[0].keys.shape
@@ -103,6 +121,16 @@ def without(cache: Cache, hidden: Sequence[Collection[int]]) -> Cache:
     for layer, gone in zip(cache.layers, hidden, strict=True):
         kept = ~np.isin(layer.positions, sorted(gone))
         layers.append(Layer(layer.keys[:, kept], layer.values[:, kept], layer.positions[kept]))
+    return Cache(tuple(layers))
+
+
+def without_by_head(cache: Cache, hidden: Sequence[Sequence[Collection[int]]]) -> Cache:
+    """A cache without the entries at these positions of each layer and KV head, as many in each head of a layer."""
+    layers = []
+    for layer, heads in zip(cache.layers, hidden, strict=True):
+        kept = np.stack([np.flatnonzero(~np.isin(layer.positions, sorted(gone))) for gone in heads])
+        places = kept[0] if (kept == kept[0]).all() else kept
+        layers.append(Layer(taken(layer.keys, places), taken(layer.values, places), layer.positions[places]))
     return Cache(tuple(layers))
 
 

@@ -33,6 +33,27 @@ def test_parts_out_of_order_are_refused() -> None:
         concatenate([cache.between(2, 4), cache.between(0, 2)])
 
 
+def by_head(entries: int = 3, first: int = 0) -> Layer:
+    keys = np.zeros((2, entries, 4), dtype=np.float32)
+    positions = np.arange(first, first + 2 * entries, dtype=np.int32).reshape(entries, 2).T
+    return Layer(keys, keys, np.ascontiguousarray(positions))
+
+
+def test_heads_may_hold_entries_of_different_tokens() -> None:
+    cache = Cache((by_head(),))
+    cache.check()
+    assert (cache.entries, cache.part(1, 3).layers[0].positions.tolist()) == (3, [[2, 4], [3, 5]])
+    with pytest.raises(CacheInvalid, match="can't be parted by position"):
+        cache.between(0, 2)
+    own = made_up(layers=1, entries=2)
+    joined = concatenate([own, Cache((by_head(first=2),))])
+    assert joined.layers[0].positions.tolist() == [[0, 1, 2, 4, 6], [0, 1, 3, 5, 7]]
+    with pytest.raises(CacheInvalid, match="overlap"):
+        concatenate([own, Cache((by_head(first=1),))])
+    with pytest.raises(CacheInvalid, match=r"positions \(3, 3\) of keys"):
+        Cache((Layer(by_head().keys, by_head().values, np.zeros((3, 3), dtype=np.int32)),)).check()
+
+
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_check_names_the_layer_that_holds_a_nan(poison: float) -> None:
     cache = made_up()

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from edge_agent.errors import CacheInvalid, RecipeInvalid
 from edge_agent.kv.backfill import RANKS, backfilled
-from edge_agent.kv.cache import Layer
+from edge_agent.kv.cache import Cache, Layer
+from edge_agent.kv.evicted import Eviction, evicted
 from edge_agent.kv.eviction import By, kept_entries, taken
 from edge_agent.kv.selection import SINK_TOKENS
 
@@ -144,3 +145,24 @@ def test_keys_sinks_and_the_layer_itself_never_change(
     for head, places in enumerate(np.broadcast_to(kept, (layer.keys.shape[0], kept.shape[-1]))):
         sinks = layer.positions[places] < SINK_TOKENS
         assert np.array_equal(filled[head, sinks], plain[head, sinks])
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@BOTH
+def test_a_cache_is_evicted_layer_by_layer(by: By, rank: int) -> None:
+    cache = Cache((layer_of(), layer_of(seed=1), layer_of(entries=0)))
+    less = evicted(cache, Eviction(0.5, by, rank))
+    for old, new in zip(cache.layers[:2], less.layers[:2], strict=True):
+        kept = kept_entries(old, 0.5, by)
+        assert np.array_equal(new.positions, old.positions[kept])
+        assert np.array_equal(new.keys, taken(old.keys, kept))
+        assert np.array_equal(new.values, backfilled(old, kept, rank) if rank else taken(old.values, kept))
+        assert new.mass is None
+    assert less.layers[2].entries == 0
+    less.check()
+
+
+@pytest.mark.parametrize(("share", "rank"), [(0.0, 0), (1.0, 0), (0.5, -1)])
+def test_an_eviction_that_makes_no_sense_is_refused(share: float, rank: int) -> None:
+    with pytest.raises(RecipeInvalid):
+        Eviction(share, "layer", rank)

@@ -25,7 +25,7 @@ from edge_agent.kv.cache import Cache, concatenate
 from edge_agent.kv.payload import encode
 from edge_agent.kv.reader import decode
 from edge_agent.kv.recipe import recipe
-from edge_agent.model.exchange import expectation, payload_header
+from edge_agent.model.exchange import expectation, to_send
 from edge_agent.model.manifest import Manifest, read_manifest
 from edge_agent.model.session import LiveContext, Model, Runtime
 from edge_agent.model.text import AnswerText, Text
@@ -178,8 +178,10 @@ class Bench:
         """A holder's cache through a payload: the ids to prefill, and the entries that came."""
         made = recipe(rung)
         ids = self.ids[holder]
-        header = payload_header(self.manifest, self.text.context_id(ids), ids, own_tokens=own, rung=made)
-        data = b"".join(encode(header, self.caches[holder]))
+        context_id = self.text.context_id(ids)
+        data = b"".join(
+            encode(*to_send(self.manifest, context_id, ids, self.caches[holder], own_tokens=own, rung=made))
+        )
         back, cache = decode(data, expectation(self.manifest, 1 << 30))
         assert cache is not None
         return back.ids(), cache

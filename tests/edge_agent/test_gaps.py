@@ -1,4 +1,4 @@
-"""Caches with fewer entries than positions, and different ones in different layers, attend as transformers does.
+"""Caches with fewer entries than positions, others in other layers and heads, attend as transformers does.
 
 The reference (tests.edge_agent.by_transformers) reads in float64 and hides what is missing by masks. Windows of a Gemma
 count positions whatever is missing.
@@ -12,7 +12,7 @@ import pytest
 from edge_agent.model.session import LiveContext, Model, Runtime
 from tests import tiny
 from tests.edge_agent.by_transformers import Case, Context, Float64, Given, compute
-from tests.edge_agent.caches import without
+from tests.edge_agent.caches import without_by_head
 from tests.edge_agent.sessions import CLOSE, FAMILIES, far, model
 
 CHUNKS = (1, 7, 23, 24, 25, 128)
@@ -30,6 +30,15 @@ def _some(count: int, share: float) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(int(i) for i in np.flatnonzero(_RNG.random(count) < share)) for _ in range(tiny.LAYERS))
 
 
+def _some_by_head(count: int, share: float) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """So large a share of the positions, others in each layer and KV head, but as many in each."""
+    gone = round(share * count)
+    return tuple(
+        tuple(tuple(sorted(int(i) for i in _RNG.permutation(count)[:gone])) for _ in range(tiny.KV_HEADS))
+        for _ in range(tiny.LAYERS)
+    )
+
+
 PREFIX, LONG, SHORT, QUESTION = _ids(9), _ids(70), _ids(15), _ids(31)
 EVICTED = _some(70, 0.4)
 NEAR_THE_END = (tuple(range(50, 66)), tuple(range(40, 70)), tuple(range(66, 70)))
@@ -44,6 +53,14 @@ CASES = [
     Case(name="evicted near the end", contexts=(Context(LONG, NEAR_THE_END),), question=QUESTION, steps=6),
     Case(name="both", contexts=(Context(LONG, (*EVICTED[:2], _ALL)),), question=QUESTION, steps=6),
     Case(name="short", contexts=(Context(SHORT, _some(15, 0.5)),), question=QUESTION[:4], steps=30),
+    Case(name="by head", contexts=(Context(LONG, by_head=_some_by_head(70, 0.4)),), question=QUESTION, steps=6),
+    Case(name="little by head", contexts=(Context(LONG, by_head=_some_by_head(70, 0.9)),), question=QUESTION, steps=6),
+    Case(
+        name="by head and by layer",
+        contexts=(Context(SHORT, by_head=_some_by_head(15, 0.5)), Context(LONG, EVICTED), Context(SHORT)),
+        question=QUESTION,
+        steps=6,
+    ),
     Case(name="two", contexts=(Context(LONG), Context(SHORT)), question=QUESTION, steps=6),
     Case(
         name="three with gaps",
@@ -80,7 +97,8 @@ def _joined(model: Model, case: Case) -> LiveContext:
         alone = prefix.fork()
         alone.prefill(context.ids)
         whole = alone.extract(prefix.next_position, alone.next_position)
-        live.append(without(whole, context.hidden), tokens=len(context.ids))
+        missing = context.by_head or [[gone] * tiny.KV_HEADS for gone in context.hidden]
+        live.append(without_by_head(whole, missing), tokens=len(context.ids))
     return live
 
 
@@ -107,10 +125,11 @@ def test_the_attention_of_a_question_after_caches_with_gaps_equals_transformers(
     live = _joined(model(7, family=family), case)
     live.prefill(case.question, queries=True)
     for layer, (mass, expected) in enumerate(zip(live.attention_mass(), reference[f"{name} mass"], strict=True)):
-        positions = live._buffer.positions(layer)
-        assert far(mass, expected[:, positions]) < 1e-5
+        held = np.broadcast_to(live._buffer.positions(layer), mass.shape)
+        assert far(mass, np.take_along_axis(expected, held, axis=1)) < 1e-5
         assert far(mass.sum(-1), np.ones(tiny.KV_HEADS)) < 1e-5
-        assert np.delete(expected, positions, axis=1).sum() == 0  # what is missing got nothing in the reference either
+        for head, positions in enumerate(held):  # what is missing got nothing in the reference either
+            assert np.delete(expected[head], positions).sum() == 0
 
 
 @pytest.mark.parametrize(

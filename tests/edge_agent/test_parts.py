@@ -20,7 +20,7 @@ from edge_agent.kv.cache import Cache
 from edge_agent.kv.payload import FORMAT_VERSION, Header, Shape, encode
 from edge_agent.kv.recipe import recipe
 from edge_agent.memory import Held
-from edge_agent.model.exchange import payload_header
+from edge_agent.model.exchange import to_send
 from tests.edge_agent.agents import (
     NORTH,
     SOUTH,
@@ -109,7 +109,7 @@ async def forged(site: Site, payload: bytes, *holders: str, rate_bps: float | No
 
 def header(site: Site, rung: str = "float32", *, own: int = 0) -> Header:
     context, manifest = held(site), site.agents["pi-1"].engine.model.manifest
-    return payload_header(manifest, context.context_id, context.ids, own_tokens=own, rung=recipe(rung))
+    return to_send(manifest, context.context_id, context.ids, cached(site), own_tokens=own, rung=recipe(rung))[0]
 
 
 def payload(site: Site, **changes: object) -> bytes:
@@ -179,8 +179,8 @@ def _huge(site: Site) -> bytes:
 def _other_text(site: Site) -> bytes:
     context, manifest = held(site), site.agents["pi-1"].engine.model.manifest
     ids = context.ids[::-1]
-    made = payload_header(manifest, context.context_id, ids, own_tokens=len(ids), rung=recipe("float32"))
-    return b"".join(encode(made, None))
+    rung = recipe("float32")
+    return b"".join(encode(*to_send(manifest, context.context_id, ids, None, own_tokens=len(ids), rung=rung)))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import zlib
 
 import msgpack
 import msgspec
@@ -18,7 +19,16 @@ from edge_agent.kv.cache import Cache, Layer, concatenate
 from edge_agent.kv.payload import FORMAT_VERSION, MAGIC, encode
 from edge_agent.kv.reader import PayloadReader, decode
 from edge_agent.kv.recipe import recipe
-from tests.edge_agent.caches import equal, expectation_for, header_for, made_up, shapes, transform_for
+from tests.edge_agent.caches import (
+    attended,
+    equal,
+    evicted_for,
+    expectation_for,
+    header_for,
+    made_up,
+    shapes,
+    transform_for,
+)
 
 sized = st.sampled_from(["float32", "fp16", "q1", "q3", "q4", "q5", "q6", "q8"])
 names = sized | st.sampled_from(["klt0", "klt5", "klt8", "klt15"])
@@ -88,6 +98,66 @@ def test_a_transformed_cache_comes_back_as_its_symbols(shape: dict[str, int], le
         np.testing.assert_allclose(new.keys, expected[0], atol=1e-4)
         np.testing.assert_allclose(new.values, expected[1], atol=1e-4)
         assert np.array_equal(new.positions, old.positions)
+
+
+@given(shapes, st.sampled_from(["e30", "h30", "e5-b4", "h70-b2"]), names | st.just("float32"), st.data())
+def test_evicted_entries_arrive_where_they_stood(
+    shape: dict[str, int], less: str, name: str, data: st.DataObject
+) -> None:
+    cache = attended(made_up(**shape))
+    own = data.draw(st.integers(0, shape["entries"] - 1))
+    header, sent = evicted_for(cache, recipe(f"{name}-{less}"), own=own, slice_tokens=data.draw(st.integers(1, 7)))
+    data_bytes = b"".join(encode(header, sent, transform_for(cache)))
+    assert header.payload_bytes() in {None, len(data_bytes)}
+    back = decode(data_bytes, expectation_for(cache))[1]
+    assert back is not None
+    for old, new in zip(sent.layers, back.layers, strict=True):
+        assert np.array_equal(old.positions, new.positions)
+        assert old.keys.shape == new.keys.shape
+    assert header.kept is not None
+    assert header.kept.by_head == (less[0] == "h")
+    if name == "float32":
+        assert equal(sent, back)
+
+
+def evicted_payload(**changes: object) -> bytes:
+    cache = attended(made_up(entries=12))
+    header, sent = evicted_for(cache, recipe("fp16-h50"))
+    _, *others = encode(header, sent)
+    assert header.kept is not None
+    lie = msgspec.structs.replace(header, kept=msgspec.structs.replace(header.kept, **changes))
+    packed: bytes = msgpack.packb(msgspec.to_builtins(lie, builtin_types=(bytes,)), use_bin_type=True)
+    digest = hashlib.blake2b(packed, digest_size=16).digest()
+    return MAGIC + struct.pack("<I", len(packed)) + packed + digest + b"".join(others)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"entries": 7}, "not 7 entries of every layer"),
+        ({"entries": 13}, "13 entries of 12"),
+        ({"by_head": False}, "is not the mask of 24 entries"),
+        ({"mask": b"no deflate"}, "incorrect header check"),
+        ({"mask": zlib.compress(bytes(6))[:-1]}, "is not the mask of 48 entries"),
+        ({"mask": zlib.compress(bytes(6)) + b"!"}, "is not the mask of 48 entries"),
+        ({"mask": zlib.compress(bytes(1 << 20))}, "is not the mask of 48 entries"),
+        ({"mask": zlib.compress(bytes(6))}, "not 8 entries of every layer"),
+    ],
+)
+def test_a_mask_that_does_not_add_up_is_refused(changes: dict[str, object], reason: str) -> None:
+    with pytest.raises(PayloadRejected, match=reason):
+        decode(evicted_payload(**changes), expectation_for(made_up(entries=12)))
+
+
+def test_a_cache_without_the_announced_entries_is_not_sent() -> None:
+    cache = attended(made_up(entries=12))
+    header, sent = evicted_for(cache, recipe("fp16-e50"))
+    other = attended(made_up(entries=12), seed=1)
+    with pytest.raises(CacheInvalid, match="layer 0 has not the 8 entries"):
+        b"".join(encode(header, recipe("fp16-e50").reduced(other)))
+    with pytest.raises(CacheInvalid, match="layer 0"):
+        b"".join(encode(header, cache))
+    assert decode(b"".join(encode(header, sent)), expectation_for(cache))[1] is not None
 
 
 def test_without_the_transform_nothing_is_coded() -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from edge_agent.errors import CacheInvalid, RecipeInvalid
 from edge_agent.kv.cache import Cache, Layer
+from edge_agent.kv.evicted import Eviction
 from edge_agent.kv.profile import Profile
 from edge_agent.kv.recipe import BASELINES, CANDIDATES, WHOLE, Layout, Recipe, recipe
 from edge_agent.kv.selection import Selection
@@ -44,6 +45,20 @@ def attended(shares: list[float]) -> Cache:
             "mix4-l70-a20-m40-s30",
             Recipe("mix4-l70-a20-m40-s30", "affine", 4, mix="error", selection=Selection(0.7, 0.2, 0.4, 0.3)),
         ),
+        ("klt5-e30", Recipe("klt5-e30", "klt", 0, level=5, eviction=Eviction(0.3, "layer"))),
+        ("fp16-h5-b2", Recipe("fp16-h5-b2", "fp16", 16, eviction=Eviction(0.05, "head", 2))),
+        (
+            "qkvcomm-6-e50-b4",
+            Recipe(
+                "qkvcomm-6-e50-b4",
+                "affine",
+                6,
+                WHOLE,
+                mix="error",
+                selection=Selection(0.7),
+                eviction=Eviction(0.5, "layer", 4),
+            ),
+        ),
         (
             "q6-l70-s10-whole",
             Recipe("q6-l70-s10-whole", "affine", 6, WHOLE, selection=Selection(0.7, prior_spread=0.1)),
@@ -64,7 +79,8 @@ def test_the_papers_pipeline_sends_seven_tenths_of_the_layers_in_three_widths_of
     "name",
     ["", "q", "q0", "q9", "fp168", "float32x", "mix3", "mix9", "mix", "klmix", "qkvcomm-3", "qkvcomm-", "q6-l0",
      "q6-l101", "q6-a50", "q6-m50-l70", "q6-l70-m50-a50", "q6-whole-l70", "q6-l70-l70", "q6-k70-a50", "q6-l70-k70",
-     "q6-k0", "q06", "q6-l070", "qkvcomm-06", "Q6", "q6 ", "q6-l70-s0"],
+     "q6-k0", "q06", "q6-e0", "q6-e100", "q6-b4", "q6-e30-b0", "q6-e30-h30", "-e30", "klt16-e30",
+     "q6-l070", "qkvcomm-06", "Q6", "q6 ", "q6-l70-s0"],
 )  # fmt: skip
 def test_any_other_name_is_refused(name: str) -> None:
     with pytest.raises(RecipeInvalid):

@@ -20,7 +20,7 @@ from edge_agent.kv.cache import Cache, Float32, Layer, concatenate
 from edge_agent.kv.payload import encode
 from edge_agent.kv.reader import decode
 from edge_agent.kv.recipe import recipe
-from edge_agent.model.exchange import expectation, payload_header
+from edge_agent.model.exchange import expectation, to_send
 from edge_agent.model.session import LiveContext
 from tests import tiny
 from tests.edge_agent.caches import equal, without
@@ -151,9 +151,8 @@ def test_a_relay_on_the_lossless_rung_gives_the_very_tokens_of_text_prefill(
     receiver = sender.fork()
     sender.prefill(ids[8:])
     manifest, rung = model(family=family, weights=weights).manifest, recipe("float32")
-    header = payload_header(manifest, "0" * 32, ids[8:], own_tokens=0, rung=rung)
-    sent = sender.extract(8, sender.next_position)
-    received = decode(b"".join(encode(header, sent)), expectation(manifest, 1 << 30))[1]
+    sent = to_send(manifest, "0" * 32, ids[8:], sender.extract(8, sender.next_position), own_tokens=0, rung=rung)
+    received = decode(b"".join(encode(*sent)), expectation(manifest, 1 << 30))[1]
     assert received is not None
     receiver.append(received)
     assert _answer(receiver) == _answer(sender)

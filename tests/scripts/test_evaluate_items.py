@@ -10,13 +10,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import scripts.evaluate
 from scripts.evaluate.errors import DataInvalid
-from scripts.evaluate.items import MAX_CHARACTERS, Item, Read, drawn, read_items
+from scripts.evaluate.items import MAX_CHARACTERS, WHICH, Item, Read, drawn, read_items
 from tests.shared_data import shared_data
 
 SITE = Path(scripts.evaluate.__file__).parent / "questions" / "site.jsonl"
@@ -257,7 +258,34 @@ def test_the_shared_question_sets_are_read_whole(name: str, count: int) -> None:
     assert all(item.answers for item in read.items)
 
 
-@pytest.mark.parametrize(("name", "why"), [("arc_easy", "context is empty"), ("calibration", "context is missing")])
+@pytest.mark.parametrize(("name", "why"), [("calibration", "context is missing")])
 def test_shared_sets_without_contexts_or_questions_are_refused(name: str, why: str) -> None:
     with pytest.raises(DataInvalid, match=why):
         read_items(shared_data() / f"{name}.jsonl")
+
+
+CHOICE = {"id": "1", "context": "", "question": "What boils?", "choices": ["ice", "water"], "answer_index": 1}
+
+
+def test_multiple_choice_without_a_context_has_its_question_for_one(write: Write) -> None:
+    alone, beside = read_items(write(lines(CHOICE, CHOICE | {"id": "2", "context": "It is hot."}))).items
+    assert (alone.context, alone.question) == ("What boils?", WHICH)
+    assert (beside.context, beside.question) == ("It is hot.", "What boils?")
+    assert (alone.choices, alone.right) == (("ice", "water"), 1)
+    assert alone.about != msgspec.structs.replace(alone, choices=("ice", "steam")).about
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"answer_index": 2}, "answer_index 2 is none of its 2 choices"),
+        ({"answer_index": -1}, "answer_index -1 is none of its 2 choices"),
+        ({"answer_index": None}, "choices are not a list of texts with an answer_index"),
+        ({"choices": ["ice", 5]}, "choices are not a list of texts with an answer_index"),
+        ({"choices": ["ice"]}, "has 1 choices, or a blank one; 2 to 64 are taken"),
+        ({"choices": ["ice", " "]}, "has 2 choices, or a blank one; 2 to 64 are taken"),
+    ],
+)
+def test_choices_that_make_no_sense_are_skipped(write: Write, changes: dict[str, Any], reason: str) -> None:
+    read = read_items(write(lines(CHOICE, CHOICE | {"id": "2"} | changes)))
+    assert reasons(read) == [("line 2", reason)]

@@ -13,6 +13,9 @@ import pytest
 
 from edge_agent.errors import ContextEmpty
 from edge_agent.kv.recipe import recipe
+from edge_agent.model.manifest import read_manifest
+from edge_agent.model.text import Text
+from scripts import relay
 from scripts.calibrate.pair import calibrate
 from scripts.evaluate.errors import JobLost, MethodUnknown
 from scripts.evaluate.items import Item
@@ -125,6 +128,29 @@ def test_without_references_there_are_no_scores_against_them(records: dict[tuple
         record = records["valve", name]
         assert {record.exact_match, record.f1, record.completeness, record.gold_logprob} == {None}
         assert records["pump", name].gold_logprob is not None
+
+
+def test_the_likeliest_choice_is_right_or_wrong(tiny_bundle: Path, tmp_path: Path) -> None:
+    choices = ("its filter", "a storm at sea", "42", "?")
+    items = [
+        Item(id=f"{right}", dataset="x", context="The pump stopped.", question="Why?", choices=choices, right=right)
+        for right in range(len(choices))
+    ]
+    found, _ = run(tiny_bundle, tmp_path / "choices", items, ("text", "q8"))
+    by_method = {name: [record.choice for record in found if record.method == name] for name in ("text", "q8")}
+    assert sorted(by_method["text"], key=str) == [0.0, 0.0, 0.0, 1.0]
+    assert sorted(by_method["q8"], key=str) == [0.0, 0.0, 0.0, 1.0]
+    text, reference = Text(tiny_bundle, read_manifest(tiny_bundle)), maker(tiny_bundle)().case(items[0]).reference
+    means = []
+    for choice in choices:
+        ids = text.ids(f" {choice}")
+        rows = relay.along(reference.live, reference.question[-1], ids)
+        means.append(sum(float(row[token]) for row, token in zip(rows[:-1], ids, strict=True)) / len(ids))
+    assert by_method["text"].index(1.0) == means.index(max(means))
+
+
+def test_questions_without_choices_have_no_choice(records: dict[tuple[str, str], Record]) -> None:
+    assert {record.choice for record in records.values()} == {None}
 
 
 def test_the_likelihood_of_the_references_falls_with_what_is_lost(records: dict[tuple[str, str], Record]) -> None:

@@ -49,6 +49,13 @@ def test_every_data_set_has_a_table_with_a_line_for_each_method(table: Callable[
     assert table(()) == ""
 
 
+def test_multiple_choice_has_a_column_where_there_is_any() -> None:
+    chosen = [record(item, method, choice=float(item == "1")) for item in ("1", "2") for method in METHODS]
+    line = cells(tables.quality(rows(chosen, METHODS)))
+    assert (line[0][-1], line[2][-1][:6]) == ("right choice", "50.0 (")
+    assert "right choice" not in tables.quality(ROWS)
+
+
 def test_quality_shows_sizes_percents_and_intervals() -> None:
     lines = cells(tables.quality(ROWS))
     text, q6 = (dict(zip(lines[0], line, strict=True)) for line in lines[2:4])

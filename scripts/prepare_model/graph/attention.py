@@ -378,7 +378,7 @@ def _declare(graph: Graph, architecture: Architecture) -> None:
         outputs.append(value(keys_name(layer), FLOAT, [1, "tokens", architecture.kv_heads * architecture.head_dim]))
         outputs.append(value(queries_name(layer), FLOAT, [1, QUERY_ROWS, width]))
         if spec.sliding_window:
-            inputs.append(value(window_bias_name(layer), FLOAT, [1, 1, "tokens", "total"]))
+            inputs.append(value(window_bias_name(layer), FLOAT, [1, "bias_heads", "tokens", "total"]))
     graph.inputs[INPUT_IDS] = value(INPUT_IDS, onnx.TensorProto.INT64, [1, "tokens"])
     graph.inputs |= {each.name: each for each in inputs}
     graph.outputs |= {each.name: each for each in outputs}

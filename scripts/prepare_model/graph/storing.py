@@ -41,13 +41,13 @@ def save(graph: Graph, path: Path) -> None:
     _write(onnx.helper.make_graph(graph.nodes, "kvbus", *values, initializer=tensors), graph.opset, path)
 
 
-def save_rotation(path: Path, *, kv_heads: int, head_dim: int, opset: int) -> None:
+def save_rotation(path: Path, *, head_dim: int, opset: int) -> None:
     """Write the rotation of keys by itself: see edge_agent.model.signature."""
 
     def value(name: str, shape: list[str | int]) -> onnx.ValueInfoProto:
         return onnx.helper.make_tensor_value_info(name, FLOAT, shape)
 
-    keys: list[str | int] = [1, kv_heads, "entries", head_dim]
+    keys: list[str | int] = [1, "heads", "entries", head_dim]
     angles: list[str | int] = ["entries", head_dim // 2]
     first_row = onnx.numpy_helper.from_array(np.zeros(1, dtype=np.int64), "first_row")
     rotate = onnx.helper.make_node(
