@@ -24,7 +24,7 @@ from edge_agent.errors import AgentError
 from edge_agent.model.session import Model, Runtime
 from edge_agent.model.text import Text
 from scripts.bench.bus import BusRow, bus_bench
-from scripts.bench.codec import CodecBench, codec_bench
+from scripts.bench.codec.run import CodecBench, codec_bench
 from scripts.bench.crossover import crossover, plot
 from scripts.bench.runtime.plot import plot as runtime_plot
 from scripts.bench.runtime.report import sections as runtime_sections
