@@ -1,50 +1,62 @@
-"""The codec on a real cache: seconds to encode and decode, beside the prefill that they save and plain peers."""
+"""The run: a context is read, every method's loss is measured behind it, then all are timed in turn."""
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable
+import importlib.metadata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from msgspec import Struct
-
+from edge_agent.kv.cache import Cache
 from edge_agent.kv.recipe import recipe
-from edge_agent.model.session import Model, Runtime
+from edge_agent.model.session import LiveContext, Model, Runtime
 from edge_agent.model.text import Text
 from scripts import relay
+from scripts.bench.codec.measured import CodecBench, CodecRow, Loss, StageRow
+from scripts.bench.codec.method import Method, rung_method
+from scripts.bench.codec.peers import Peers
+from scripts.bench.codec.stages import stages_of
 from scripts.bench.measure import Timed, in_turn
+from scripts.prepare_model.answered import MAX_ANSWER_POSITIONS, QUESTIONS
 
 TOKENS = 512
 RUNGS = tuple(
     recipe(name)
     for name in ("float32", "fp16", "q8", "q4", "qkvcomm-6", "klt0", "klt2", "klt4", "klt5", "klt6", "klt8")
 )
+STAGED = tuple(recipe(name) for name in ("q8", "q4", "klt2", "klt4", "klt6", "klt8"))
+"""Rungs that are timed by stage; all of RUNGS."""
+ASKED = (
+    *QUESTIONS,
+    "Summarize the passage.",
+    "List the main points.",
+    "What should be done, and how often?",
+    "Which problems are mentioned, and what is the remedy?",
+    "Explain this to a beginner.",
+)
+"""The last ones because their answers are longer."""
+PREFILL, ENCODE, DECODE = "prefill", "encode", "decode"
 
 
-class CodecRow(Struct, frozen=True, kw_only=True):
-    """One rung. share_of_prefill: encode plus decode over the prefill of the same tokens, in the same run."""
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A context of real text as a model has read it behind the prompt's prefix, and answers from it."""
 
-    name: str
-    bits_per_element: float
-    encode: Timed
-    decode: Timed
-    share_of_prefill: float
-
-
-class CodecBench(Struct, frozen=True, kw_only=True):
-    """tokens and threads of the model run; cache_mb is the float32 cache."""
-
-    tokens: int
+    model: Model
     threads: int
-    cache_mb: float
-    prefill: Timed
-    rows: tuple[CodecRow, ...]
+    prefix: LiveContext
+    ids: Sequence[int]
+    references: tuple[relay.Reference, ...]
+
+    @property
+    def cache(self) -> Cache:
+        return self.references[0].cache
 
 
-def codec_bench(bundle: Path, texts: list[str], *, threads: int, repeats: int) -> CodecBench:
-    """Encode and decode of TOKENS tokens of real text at each of RUNGS, and a peer."""
+def read(bundle: Path, texts: Sequence[str], *, threads: int) -> Subject:
+    """TOKENS tokens of the texts, read, and the greedy answers to ASKED from the uncompressed cache."""
     runtime = Runtime(threads=threads)
     runtime.share_with_numpy()
     model = Model(bundle, runtime)
@@ -52,34 +64,78 @@ def codec_bench(bundle: Path, texts: list[str], *, threads: int, repeats: int) -
     ids = text.ids(" ".join(texts))[:TOKENS]
     prefix = relay.after_prefix(model)
     cache = relay.read_context(prefix, ids)
-    made = {rung.name: relay.sent(model, cache, rung) for rung in RUNGS}
-    halves = [array.astype(np.float16) for layer in cache.layers for array in (layer.keys, layer.values)]
-    raw = b"".join(array.tobytes() for array in halves)
-    deflated = zlib.compress(raw, 1)
-    work: dict[str, Callable[[], object]] = {"prefill": lambda: prefix.fork().prefill(ids)}
-    for rung in RUNGS:
-        work[f"encode {rung.name}"] = partial(relay.sent, model, cache, rung)
-        work[f"decode {rung.name}"] = partial(relay.received, model, made[rung.name])
-    work |= {
-        "encode fp16 + zlib 1": lambda: zlib.compress(raw, 1),
-        "decode fp16 + zlib 1": lambda: np.frombuffer(zlib.decompress(deflated), np.float16).astype(np.float32),
-    }
-    timed = in_turn(work, repeats)
-    sizes = {name: len(data) for name, data in made.items()} | {"fp16 + zlib 1": len(deflated)}
-    return CodecBench(
-        tokens=len(ids),
-        threads=threads,
-        cache_mb=cache.nbytes / 1e6,
-        prefill=timed["prefill"],
-        rows=tuple(
-            CodecRow(
-                name=name,
-                bits_per_element=8 * size / cache.elements,
-                encode=timed[f"encode {name}"],
-                decode=timed[f"decode {name}"],
-                share_of_prefill=(timed[f"encode {name}"].median_s + timed[f"decode {name}"].median_s)
-                / timed["prefill"].median_s,
-            )
-            for name, size in sizes.items()
-        ),
+    references = tuple(
+        relay.uncompressed(model, text, prefix, cache, text.question_ids(question), most=MAX_ANSWER_POSITIONS)
+        for question in ASKED
     )
+    return Subject(model, threads, prefix, ids, references)
+
+
+def steps(found: Peers, repeats: int) -> int:
+    """How often codec_bench will be heard."""
+    methods = len(RUNGS) + len(found.methods)
+    return methods + (1 + 2 * methods + 4 * len(STAGED)) * (repeats + 1)
+
+
+def codec_bench(subject: Subject, found: Peers, *, repeats: int, hear: Callable[[str], None]) -> CodecBench:
+    """Bits, loss and seconds of each of RUNGS and each peer. hear is called as each piece of work begins."""
+    cache = subject.cache
+    methods: list[Method[Any]] = [*(rung_method(subject.model, rung) for rung in RUNGS), *found.methods]
+    bits, losses = dict[str, float](), dict[str, Loss]()
+    work: dict[str, Callable[[], object]] = {PREFILL: lambda: subject.prefix.fork().prefill(subject.ids)}
+    for method in methods:
+        hear(f"{method.name}: loss")
+        sent = method.encode(cache)
+        bits[method.name] = 8 * method.nbytes(sent) / cache.elements
+        losses[method.name] = loss(subject, method.decode(sent))
+        work[f"{ENCODE} {method.name}"] = partial(method.encode, cache)
+        work[f"{DECODE} {method.name}"] = partial(method.decode, sent)
+    for rung in STAGED:
+        for stage, run in stages_of(rung, cache, subject.model.transform).named().items():
+            work[f"{stage} {rung.name}"] = run
+    timed = in_turn(work, repeats, hear)
+    return CodecBench(
+        tokens=len(subject.ids),
+        threads=subject.threads,
+        cache_mb=4 * cache.elements / 1e6,
+        questions=len(subject.references),
+        answer_positions=sum(reference.positions for reference in subject.references),
+        prefill=timed[PREFILL],
+        rows=tuple(_row(method.name, bits[method.name], losses[method.name], timed) for method in methods),
+        stages=tuple(_stage_row(rung.name, timed) for rung in STAGED),
+        absent=found.absent,
+        versions=_versions(methods),
+    )
+
+
+def loss(subject: Subject, back: Cache) -> Loss:
+    """What a receiver loses that has put `back` in the place of the subject's cache, over all answers."""
+    kl, agreeing, positions = 0.0, 0, 0
+    for reference in subject.references:
+        live = relay.behind(subject.prefix, back, reference.cache.entries, room=reference.room)
+        log_q = relay.along(live, relay.read_question(live, reference.question), reference.answer)
+        kl += float(relay.divergence(reference.log_p, log_q).sum())
+        agreeing += relay.agreeing(reference.log_p, log_q)
+        positions += reference.positions
+    return Loss(kl=kl / positions, agreement=agreeing / positions)
+
+
+def _row(name: str, bits: float, lost: Loss, timed: Mapping[str, Timed]) -> CodecRow:
+    encode, decode = timed[f"{ENCODE} {name}"], timed[f"{DECODE} {name}"]
+    return CodecRow(
+        name=name,
+        bits_per_element=bits,
+        loss=lost,
+        encode=encode,
+        decode=decode,
+        share_of_prefill=(encode.median_s + decode.median_s) / timed[PREFILL].median_s,
+    )
+
+
+def _stage_row(name: str, timed: Mapping[str, Timed]) -> StageRow:
+    return StageRow(name=name, **{stage: timed[f"{stage} {name}"] for stage in StageRow.__struct_fields__[1:]})
+
+
+def _versions(methods: Sequence[Method[Any]]) -> dict[str, str]:
+    packages = dict.fromkeys(package for method in methods for package in method.packages)
+    return {package: importlib.metadata.version(package) for package in packages}
