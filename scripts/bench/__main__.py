@@ -24,7 +24,11 @@ from edge_agent.errors import AgentError
 from edge_agent.model.session import Model, Runtime
 from edge_agent.model.text import Text
 from scripts.bench.bus import BusRow, bus_bench
-from scripts.bench.codec import CodecBench, codec_bench
+from scripts.bench.codec.peers import makers
+from scripts.bench.codec.peers import peers as codec_peers
+from scripts.bench.codec.report import sections as codec_sections
+from scripts.bench.codec.run import codec_bench, read
+from scripts.bench.codec.run import steps as codec_steps
 from scripts.bench.crossover import crossover, plot
 from scripts.bench.runtime.plot import plot as runtime_plot
 from scripts.bench.runtime.report import sections as runtime_sections
@@ -110,8 +114,7 @@ def main(
                 ours = weights or list(Weights)
                 _run_runtime(report, peers, texts, ours, threads=threads, repeats=repeats)
             elif part is Part.CODEC:
-                codec = codec_bench(default_bundle(), texts, threads=threads, repeats=repeats)
-                report.add(part, codec, _codec(codec))
+                _run_codec(report, texts, threads=threads, repeats=repeats)
             elif part is Part.BUS:
                 _run_bus(report, repeats)
             else:
@@ -159,6 +162,17 @@ def _run_runtime(
             benches.append(runtime_bench(found, texts, threads=threads, repeats=repeats, hear=steps.next))
     drawn = runtime_plot(benches, OUTPUT / "runtime.png")
     report.add(Part.RUNTIME, benches, runtime_sections(benches), "runtime.png" if drawn else None)
+
+
+def _run_codec(report: Report, texts: Sequence[str], *, threads: int, repeats: int) -> None:
+    with Steps(console) as shown:
+        shown.title("read a context and answer from it")
+        subject = read(default_bundle(), texts, threads=threads)
+        shown.title("try the peers")
+        found = codec_peers(subject.cache, makers(threads))
+        shown.expect(codec_steps(found, repeats))
+        bench = codec_bench(subject, found, repeats=repeats, hear=shown.next)
+    report.add(Part.CODEC, bench, codec_sections(bench))
 
 
 def _run_bus(report: Report, repeats: int) -> None:
@@ -209,25 +223,6 @@ def _machine() -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     machine = facts["machine"]
     return f"`{facts['command']}` on {machine['cores']} × {machine['cpu']}, Python {machine['python']}, {versions}\n"
-
-
-def _codec(found: CodecBench) -> list[str]:
-    prefill = f"{found.prefill.median_s:.2f} s ({found.threads} thread(s))"
-    lines = [
-        f"Codec, {found.tokens} tokens ({found.cache_mb:.1f} MB as float32), one thread; prefill takes {prefill}\n",
-        "| rung | bits/element | encode, ms (least-most) | decode, ms | encode + decode, share of prefill |",
-        "|---|--:|--:|--:|--:|",
-    ]
-    return [
-        *lines,
-        *(
-            f"| {row.name} | {row.bits_per_element:.2f} | {row.encode.median_s * 1e3:.0f} "
-            f"({row.encode.least_s * 1e3:.0f}-{row.encode.most_s * 1e3:.0f}) | {row.decode.median_s * 1e3:.0f} | "
-            f"{row.share_of_prefill:.1%} |"
-            for row in found.rows
-        ),
-        "",
-    ]
 
 
 def _bus(rows: list[BusRow]) -> list[str]:

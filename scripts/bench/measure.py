@@ -21,11 +21,12 @@ class Timed(Struct, frozen=True, kw_only=True):
         return cls(median_s=statistics.median(seconds), least_s=min(seconds), most_s=max(seconds))
 
 
-def in_turn(work: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Timed]:
-    """Every alternative once uncounted, then `repeats` rounds of all of them."""
+def in_turn(work: Mapping[str, Callable[[], object]], repeats: int, hear: Callable[[str], None]) -> dict[str, Timed]:
+    """Every alternative once uncounted, then `repeats` rounds of all of them. hear: its name, before each."""
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for counted in [False] + [True] * repeats:
         for name, run in work.items():
+            hear(name)
             start = time.perf_counter()
             run()
             if counted:
