@@ -124,13 +124,12 @@ def test_zstd_gives_back_half_precision() -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 4])
-@pytest.mark.parametrize(("backend", "module"), [("quanto", "optimum.quanto"), ("hqq", "hqq")])
+@pytest.mark.parametrize("backend", ["hqq", pytest.param("quanto", marks=pytest.mark.slow)])  # it compiles a kernel
 @pytest.mark.filterwarnings("default")
-def test_a_quantized_cache_gives_back_what_its_bits_allow(backend: Backend, module: str, bits: int) -> None:
-    try:
-        method = quantized_cache(backend, backend=backend, bits=bits, threads=1)
-    except ImportError as error:
-        pytest.skip(str(error))
+def test_a_quantized_cache_gives_back_what_its_bits_allow(backend: Backend, bits: int) -> None:
+    if backend == "quanto":
+        pytest.importorskip("optimum.quanto")
+    method = quantized_cache(backend, backend=backend, bits=bits, threads=1)
     cache = _cache(channels=64)
     sent = method.encode(cache)
     assert 8 * method.nbytes(sent) / cache.elements == bits + 2 * 16 / 64
