@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 import msgspec
 
-from broker_config.messages import Ask
+from broker_config.messages import Ask, ContextInfo, ModelInfo
 from broker_config.messages.base import COORDINATOR
 from coordinator.errors import RequestImpossible
 from coordinator.fleet import Fleet, link_channels, resolve_source
@@ -15,6 +15,7 @@ from coordinator.round import LocalSource, Round
 from coordinator.settings import CoordinatorSettings
 from coordinator.texts import Texts
 
+LOSSLESS = "float32"
 HOLDERS = 64
 """As many as an order may name."""
 
@@ -45,7 +46,7 @@ def plan_round(
             context = resolve_source(fleet, source, now_s, expiry_s)[1]
             if any(context.context_id == each.context.context_id for each in local.values()):
                 raise RequestImpossible(f"it names {ask.receiver}:{context.name} twice; name each context once")
-            local[source] = LocalSource(context=context, pressure=receiver.telemetry.memory.pressure)
+            local[source] = local_source(ask, receiver.model, context, receiver.telemetry.memory.pressure)
     remote = tuple(source for source in ask.sources if source not in local)
     plan: RequestPlan | None = None
     if remote:
@@ -75,6 +76,16 @@ def plan_round(
             for link in (plan.links if plan else ())
         },
     )
+
+
+def local_source(ask: Ask, model: ModelInfo | None, context: ContextInfo, pressure: float) -> LocalSource:
+    """A context of the receiver's own: used as it is kept, unless that loses more than is asked for."""
+    loss = {rung.name: rung.kl for rung in ((*model.baselines, *model.ladder) if model else ())}
+    fitting = [rung for rung in (model.ladder if model else ()) if rung.kl <= ask.quality_floor]
+    least = ask.rung or (max(fitting, key=lambda rung: rung.kl).name if fitting else LOSSLESS)
+    kept = context.rung or LOSSLESS
+    fits = loss.get(kept, 0.0 if kept == LOSSLESS else float("inf")) <= loss.get(least, 0.0)
+    return LocalSource(context=context, pressure=pressure, least=least, rung=kept if fits else LOSSLESS)
 
 
 def airtime_free(fleet: Fleet, settings: CoordinatorSettings, running: Collection[Round]) -> dict[str, float]:

@@ -24,6 +24,7 @@ from broker_config.messages import (
     Stages,
     new_id,
 )
+from broker_config.messages.base import RungName
 from coordinator.fleet import Fleet
 from coordinator.policy import LinkPlan, RequestPlan
 
@@ -43,10 +44,15 @@ EndOfRound = Literal["answered", "failed", "cancelled", "expired"]
 
 @dataclass(frozen=True, kw_only=True)
 class LocalSource:
-    """A context that the receiver holds itself: nothing travels."""
+    """A context that the receiver holds itself: nothing travels.
+
+    least: the least faithful rung at which it may be kept to be used as it is; rung: at which it is then used.
+    """
 
     context: ContextInfo
     pressure: float
+    least: RungName
+    rung: RungName
 
 
 @dataclass(kw_only=True)
@@ -228,7 +234,7 @@ class Round:
                 context_id=context.context_id,
                 tokens=context.tokens,
                 own_tokens=0,
-                rung="float32",
+                rung=source.least,
             )
         return Part(
             transfer=transfer,
@@ -281,7 +287,7 @@ def _local_report(source: LocalSource, receiver: str) -> LinkReport:
         tokens=context.tokens,
         own_tokens=0,
         medium="cache",
-        rung="float32",
+        rung=source.rung,
         link_bps=0.0,
         share_bps=0.0,
         sender_pressure=source.pressure,

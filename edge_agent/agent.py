@@ -33,13 +33,14 @@ from edge_agent.errors import AgentError
 from edge_agent.facts import Extractor
 from edge_agent.library import Library
 from edge_agent.link_quality import LinkMeter
-from edge_agent.memory import ContextStore
+from edge_agent.memory import Budget, ContextStore, Shelf, Spill
+from edge_agent.model.exchange import expectation
 from edge_agent.model.session import Model, Runtime
 from edge_agent.model.text import Text
 from edge_agent.outgoing import Outgoing
 from edge_agent.parts import Parts
 from edge_agent.pressure import measure
-from edge_agent.settings import AgentSettings
+from edge_agent.settings import AgentSettings, MemorySettings
 from edge_agent.tasks import Tasks, last_words
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class Agent:
         runtime.share_with_numpy()
         model = await asyncio.to_thread(Model, bundle, runtime, prefill_chunk=compute.prefill_chunk_tokens)
         self._engine = Engine(model, Text(bundle, model.manifest))
-        self._store = ContextStore(int(self._settings.memory.cache_budget_mb * MEGA))
+        self._store = await asyncio.to_thread(_store, model, self._settings.memory)
         try:
             speed = await self._engine.start()
             log.info("ready: prefill %.0f tokens/s, decode %.0f tokens/s", speed.prefill_tps, speed.decode_tps)
@@ -177,6 +178,7 @@ class Agent:
     async def _report(self, control: Bus) -> None:
         while True:
             await self._library.scan()
+            await self._store.relieve()
             memory = measure(self._store.cache_bytes, self._store.budget_bytes)
             telemetry = Telemetry(
                 agent=self._name,
@@ -216,3 +218,20 @@ class Agent:
             await control.publish(topics.PRESENCE, self._presence("offline"), agent=self._name)
         except BusError as error:
             log.info("could not say goodbye: %s", error)
+
+
+def _store(model: Model, settings: MemorySettings) -> ContextStore:
+    """An empty store; what is on disk is taken over. Raises SpillFailed."""
+    limit = int(settings.payload_limit_mb * MEGA)
+    expected = expectation(model.manifest, limit, model.transform)
+    folder = settings.spill_path
+    return ContextStore(
+        Shelf(model.manifest, model.transform, tightest_kl=settings.tightest_kl),
+        Budget(
+            limit_bytes=int(settings.cache_budget_mb * MEGA),
+            share=settings.cache_budget_share,
+            high=settings.high_watermark,
+            low=settings.low_watermark,
+        ),
+        Spill(folder, int(settings.spill_limit_mb * MEGA), expected) if folder else None,
+    )

@@ -11,7 +11,7 @@ from broker_config.files import write_whole
 from broker_config.messages.base import Name
 from edge_agent.engine import Engine
 from edge_agent.errors import AgentError
-from edge_agent.memory import ContextStore, Held
+from edge_agent.memory import ContextStore, Held, rung_of
 
 log = logging.getLogger(__name__)
 
@@ -78,16 +78,16 @@ class Library:
         while True:
             name = await self._to_prefill.get()
             held = self._store.by_name(name)
-            if held is None or self._store.cache(held.context_id) is not None:
+            if held is None or self._store.rung(held.context_id) is not None:
                 continue
             try:
                 with self._store.pinned(held.context_id):
                     cache, seconds = await self._engine.prefill_context(list(held.ids), BACKGROUND, mass=True)
-                    out = self._store.put(held.context_id, cache)
+                    kept = await self._store.put(held.context_id, cache)
             except AgentError as error:
                 log.warning("%s is held as text only: %s", name, error)
                 continue
-            log.info("%s: %d tokens cached in %.2f s, %d other caches put out", name, len(held.ids), seconds, len(out))
+            log.info("%s: %d tokens cached in %.2f s at %s", name, len(held.ids), seconds, rung_of(kept))
 
     def _ids(self, name: str, text: str) -> list[int]:
         """The ids of a text that can be held under this name. Raises AgentError."""

@@ -15,13 +15,11 @@ from broker_config.messages import Abort, EndState, SendOrder, SendOutcome
 from broker_config.transfer import Sent, send
 from edge_agent.context_facts import ContextFacts
 from edge_agent.engine import Engine
-from edge_agent.errors import AgentError, BudgetExceeded, RecipeInvalid
-from edge_agent.kv.cache import Cache
-from edge_agent.kv.payload import encode
-from edge_agent.kv.recipe import recipe
+from edge_agent.errors import AgentError, RecipeInvalid
+from edge_agent.kv.payload import pieces
+from edge_agent.kv.recipe import Recipe, recipe
 from edge_agent.link_quality import LinkMeter
-from edge_agent.memory import ContextStore, Held
-from edge_agent.model.exchange import to_send
+from edge_agent.memory import ContextStore, Form, Held, rung_of
 from edge_agent.tasks import last_words
 
 log = logging.getLogger(__name__)
@@ -80,16 +78,15 @@ class Outgoing:
         with self._store.pinned(held.context_id), self._link.transferring():
             async with asyncio.timeout_at(deadline_s):
                 as_text = order.own_tokens == len(held.ids)
-                cache = None if as_text else await self._cache(job, held)
+                form = None if as_text else await self._form(job, held, rung)
                 facts = () if as_text else await self._facts.of(held, order.facts_tokens, patience_s=FACTS_PATIENCE_S)
-            header, entries = await asyncio.to_thread(
-                to_send,
-                self._engine.model.manifest,
+            header, bodies = await asyncio.to_thread(
+                self._store.shelf.to_send,
+                form,
+                rung,
                 held.context_id,
                 held.ids,
-                cache,
                 own_tokens=order.own_tokens,
-                rung=rung,
                 facts=facts,
             )
             sent = await send(
@@ -99,7 +96,7 @@ class Outgoing:
                 receiver=order.receiver,
                 transfer=order.transfer,
                 request=order.request,
-                pieces=self._pieces(job, encode(header, entries, self._engine.model.transform)),
+                pieces=self._pieces(job, pieces(header, bodies)),
                 total_bytes=header.payload_bytes(),
                 chunk_bytes=order.chunk_bytes,
                 rate_bps=order.rate_bps,
@@ -109,15 +106,16 @@ class Outgoing:
         self._link.sent(sent.wire_bytes, sent.transfer_s)
         return sent
 
-    async def _cache(self, job: _Job, held: Held) -> Cache:
-        """The context's cache, computed if it is not in memory."""
-        cache = self._store.cache(held.context_id)
-        if cache is None:
-            cache, job.prefill_s = await self._engine.prefill_context(list(held.ids), job.order.request, mass=True)
-            try:
-                self._store.put(held.context_id, cache)
-            except BudgetExceeded as error:  # it can be sent all the same
-                log.warning("%s: %s", held.name, error)
+    async def _form(self, job: _Job, held: Held, rung: Recipe) -> Form:
+        """The context's cache as it is kept, or computed anew if what is kept can't be sent at the rung."""
+        form = await self._store.fetch(held.context_id)
+        if form is not None and self._store.shelf.serves(rung_of(form), rung.name):
+            return form
+        cache, job.prefill_s = await self._engine.prefill_context(list(held.ids), job.order.request, mass=True)
+        try:
+            await self._store.put(held.context_id, cache)
+        except AgentError as error:  # it can be sent all the same
+            log.warning("%s: %s", held.name, error)
         return cache
 
     async def _pieces(self, job: _Job, pieces: Iterator[bytes]) -> AsyncIterator[bytes]:

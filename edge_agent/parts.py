@@ -20,7 +20,7 @@ from edge_agent.kv.cache import Cache, concatenate
 from edge_agent.kv.payload import Header
 from edge_agent.kv.reader import PayloadReader
 from edge_agent.link_quality import LinkMeter
-from edge_agent.memory import ContextStore
+from edge_agent.memory import ContextStore, rung_of
 
 log = logging.getLogger(__name__)
 
@@ -109,11 +109,16 @@ class Parts:
             waiting.set_result(reply)
 
     async def _own(self, order: AnswerOrder, progress: Progress) -> Cache:
-        """A context that this agent holds itself."""
+        """A context that this agent holds itself, computed anew if what is kept of it is worse than the part's rung."""
         held = self._store.get(progress.part.context_id)
-        cache = self._store.cache(held.context_id)
-        if cache is None:
-            cache, progress.prefill_s = await self._engine.prefill_context(list(held.ids), order.asker)
+        with self._store.pinned(held.context_id):
+            form = await self._store.fetch(held.context_id)
+            if form is not None and self._store.shelf.keeps(rung_of(form), progress.part.rung):
+                begin = time.perf_counter()
+                cache = await asyncio.to_thread(self._store.shelf.take, form)
+                progress.decode_s = time.perf_counter() - begin
+                return cache
+        cache, progress.prefill_s = await self._engine.prefill_context(list(held.ids), order.asker)
         return cache
 
     async def _fall_back(self, order: AnswerOrder, progress: Progress, holder: str) -> Fetched:

@@ -37,11 +37,40 @@ class MemorySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """How much memory caches may take."""
 
     cache_budget_mb: Annotated[
-        float, Meta(title="memory for stored KV caches", extra={"unit": "MB (10^6 bytes)"}, gt=0, le=1e6)
+        float, Meta(title="memory for stored KV caches, at most", extra={"unit": "MB (10^6 bytes)"}, gt=0, le=1e6)
     ] = 256.0
+    cache_budget_share: Annotated[
+        float,
+        Meta(title="the same, as a share of what would be available without them", extra={"unit": ""}, gt=0, le=1),
+    ] = 0.5
+    high_watermark: Annotated[
+        float, Meta(title="share of the budget above which caches are made smaller", extra={"unit": ""}, gt=0, le=1)
+    ] = 0.8
+    low_watermark: Annotated[
+        float, Meta(title="share of the budget until which they are", extra={"unit": ""}, gt=0, le=1)
+    ] = 0.6
+    tightest_kl: Annotated[
+        float, Meta(title="loss up to which caches are tightened in memory", extra={"unit": "nats"}, ge=0, le=100)
+    ] = 0.02
+    spill_folder: Annotated[
+        str | None,
+        Meta(title="folder for caches that memory has no room for; none: they are dropped", extra={"unit": "path"}),
+    ] = None
+    spill_limit_mb: Annotated[
+        float, Meta(title="disk for them, at most", extra={"unit": "MB (10^6 bytes)"}, gt=0, le=1e7)
+    ] = 1_024.0
     payload_limit_mb: Annotated[
         float, Meta(title="largest cache that is accepted, decoded", extra={"unit": "MB (10^6 bytes)"}, gt=0, le=1e6)
     ] = 512.0
+
+    def __post_init__(self) -> None:
+        if self.low_watermark > self.high_watermark:
+            raise ValueError(f"low_watermark {self.low_watermark} is above high_watermark {self.high_watermark}")
+
+    @property
+    def spill_path(self) -> Path | None:
+        """The folder for caches, ~ expanded."""
+        return Path(self.spill_folder).expanduser() if self.spill_folder else None
 
 
 class FactsSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -101,13 +101,19 @@ class Speed(Struct, frozen=True, kw_only=True):
 
 
 class ContextInfo(Struct, frozen=True, kw_only=True):
-    """A context an agent holds: always its text, and, while cached, its KV cache."""
+    """A context an agent holds: always its text, and, while cached, its KV cache.
+
+    rung: at which the cache is kept, in memory (cache_bytes of it) or on disk. ready: rungs, of the ladder and beside
+    it, that it can be sent at as it is; None: all.
+    """
 
     context_id: Digest
     name: Name
     tokens: Tokens
     cached: bool
     cache_bytes: Bytes
+    rung: RungName | None = None
+    ready: Annotated[tuple[RungName, ...], Meta(max_length=128)] | None = None
 
 
 class Telemetry(Message, frozen=True, kw_only=True, tag="telemetry"):

@@ -164,6 +164,7 @@ def _link(
         "prompt prefixes differ: sent as text": model.prefix != _model(fleet, request.receiver).prefix,
         without: not rungs,
     }
+    ready = rungs if context.ready is None else tuple(rung for rung in rungs if rung.name in context.ready)
     note = next((note for note, applies in notes.items() if applies), "")
     return Link(
         request=index,
@@ -174,7 +175,7 @@ def _link(
         tokens=context.tokens,
         elements_per_token=model.elements_per_token,
         bytes_per_token_id=model.bytes_per_token_id,
-        cached=context.cached,
+        cached=context.cached and bool(ready),
         reference=min(model.ladder, key=lambda rung: (rung.kl, -rung.bits_per_element, rung.name)),
         sender_speed=sent.speed,
         receiver_speed=received.speed,
@@ -182,7 +183,7 @@ def _link(
         receiver_rtt_s=received.link.round_trip_s or 0.0,
         link_bps=rate_bps or 0.0,
         channels=link_channels(fleet, agent, request.receiver, channels),
-        rungs=() if note else rungs,
+        rungs=() if note else ready or rungs,
         sender_pressure=sent.memory.pressure,
         receiver_pressure=received.memory.pressure,
         note=note,

@@ -89,6 +89,15 @@ def tightened(transform: Transform, symbols: Symbols, level: int, to: int) -> Sy
     return {layer: coarser(numbers[: transform.coded(layer, to)], to - level) for layer, numbers in symbols.items()}
 
 
+def joined(parts: Sequence[tuple[Symbols, int, int]]) -> Symbols:
+    """Parts of one cache in order, each the entries from the first to before the last of some symbols, as one."""
+    layers = parts[0][0]
+    return {
+        layer: np.concatenate([symbols[layer][:, first:last] for symbols, first, last in parts], axis=1)
+        for layer in layers
+    }
+
+
 def pack_refinement(transform: Transform, fine: Symbols, level: int, coarse_level: int) -> bytes:
     """What a holder of the symbols at coarse_level lacks of those at the finer level, as bytes.
 

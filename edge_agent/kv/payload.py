@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated
 
 import msgpack
@@ -186,29 +186,44 @@ def kept_entries(cache: Cache, *, own_tokens: int, tokens: int, layers: tuple[in
 
 
 def encode(header: Header, cache: Cache | None, transform: Transform | None = None) -> Iterator[bytes]:
-    """The payload piece by piece: header, each slice as soon as it is coded, trailer.
+    """The payload of a cache piece by piece. Raises like slice_bodies."""
+    return pieces(header, slice_bodies(header, cache, transform))
+
+
+def pieces(header: Header, bodies: Iterable[bytes]) -> Iterator[bytes]:
+    """A payload piece by piece: header, each slice as soon as its body is there, trailer."""
+    digest = hashlib.blake2b(digest_size=FINAL_DIGEST_BYTES)
+    packed = _pack_header(header)
+    first = MAGIC + struct.pack("<I", len(packed)) + packed + _digest(packed)
+    digest.update(first)
+    yield first
+    count = 0
+    for count, body in enumerate(bodies, 1):  # noqa: B007
+        piece = SLICE_MARK + struct.pack("<I", len(body)) + body + _digest(body)
+        digest.update(piece)
+        yield piece
+    closing = TRAILER_MARK + struct.pack("<I", count)
+    digest.update(closing)
+    yield closing + digest.digest()
+
+
+def slice_bodies(header: Header, cache: Cache | None, transform: Transform | None = None) -> Iterator[bytes]:
+    """The body of each slice, as soon as it is coded.
 
     cache must have the entries that the header announces in every sent layer, those of own tokens aside (None when
     there is nothing to send); transform is the one that the header names, if it does.
     Raises RecipeInvalid without that, CacheInvalid for a cache that doesn't cover them, or that holds a NaN, an
     infinity, or what fp16 can't hold.
     """
-    digest = hashlib.blake2b(digest_size=FINAL_DIGEST_BYTES)
-    packed = _pack_header(header)
-    first = MAGIC + struct.pack("<I", len(packed)) + packed + _digest(packed)
-    digest.update(first)
-    yield first
-    starts = header.slice_starts()
     sent = _announced(header, cache)
-    for start, entries in starts:
+    for start, entries in header.slice_starts():
         part = sent.part(start, start + entries)
-        body = struct.pack("<II", start, entries) + _encode_slice(header, part, transform)
-        piece = SLICE_MARK + struct.pack("<I", len(body)) + body + _digest(body)
-        digest.update(piece)
-        yield piece
-    closing = TRAILER_MARK + struct.pack("<I", len(starts))
-    digest.update(closing)
-    yield closing + digest.digest()
+        yield slice_place(start, entries) + _encode_slice(header, part, transform)
+
+
+def slice_place(start: int, entries: int) -> bytes:
+    """What a body begins with."""
+    return struct.pack("<II", start, entries)
 
 
 def decode_slice(

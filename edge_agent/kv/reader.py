@@ -60,6 +60,7 @@ class PayloadReader:
         self._digest = hashlib.blake2b(digest_size=FINAL_DIGEST_BYTES)
         self.header: Header | None = None
         self._positions: dict[int, Int32] = {}
+        self._slices = 0
         self.caches: list[Cache] = []
         self.complete = False
 
@@ -113,9 +114,9 @@ class PayloadReader:
         if len(self._buffer) < 5:
             return False
         starts = header.slice_starts()
-        if len(self.caches) >= len(starts):
+        if self._slices >= len(starts):
             raise PayloadRejected("slice", f"more than the {len(starts)} announced")
-        start, entries = starts[len(self.caches)]
+        start, entries = starts[self._slices]
         (length,) = struct.unpack_from("<I", self._buffer, 1)
         exact, most = header.body_bytes(entries), header.body_limit_bytes(entries)
         if length < 8 or length > most or exact not in {None, length}:
@@ -126,16 +127,20 @@ class PayloadReader:
             return False
         if struct.unpack_from("<II", body) != (start, entries):
             raise PayloadRejected("slice", "stands at another place than announced")
-        self.caches.append(decode_slice(header, self._positions, body, self._expectation.transform))
+        self._slices += 1
+        self._keep(header, body)
         return True
+
+    def _keep(self, header: Header, body: bytes) -> None:
+        self.caches.append(decode_slice(header, self._positions, body, self._expectation.transform))
 
     def _read_trailer(self, header: Header) -> bool:
         size = 5 + FINAL_DIGEST_BYTES
         if len(self._buffer) < size:
             return False
         (slices,) = struct.unpack_from("<I", self._buffer, 1)
-        if slices != len(self.caches) or slices != len(header.slice_starts()):
-            raise PayloadRejected("trailer", f"{slices} slices announced, {len(self.caches)} came")
+        if slices != self._slices or slices != len(header.slice_starts()):
+            raise PayloadRejected("trailer", f"{slices} slices announced, {self._slices} came")
         self._digest.update(self._buffer[:5])
         if not hmac.compare_digest(self._digest.digest(), bytes(self._buffer[5:size])):
             raise PayloadRejected("trailer", "its digest does not match what came")
@@ -175,6 +180,17 @@ class PayloadReader:
         if any(token >= expected.vocabulary for token in header.ids()):
             raise PayloadRejected("own_ids", f"an id is outside the vocabulary of {expected.vocabulary}")
         return header
+
+
+class BodyReader(PayloadReader):
+    """Keeps the bodies of slices as they are, checked by their digests alone."""
+
+    def __init__(self, expectation: Expectation) -> None:
+        super().__init__(expectation)
+        self.bodies: list[bytes] = []
+
+    def _keep(self, header: Header, body: bytes) -> None:  # noqa: ARG002
+        self.bodies.append(body)
 
 
 def decode(data: bytes, expectation: Expectation) -> tuple[Header, Cache | None]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from edge_agent.errors import CacheInvalid, RecipeInvalid
 from edge_agent.facts.fact import Fact
 from edge_agent.kv.cache import Cache
-from edge_agent.kv.payload import Header, Shape, kept_entries, pack_ids
+from edge_agent.kv.payload import Header, Kept, Shape, kept_entries, pack_ids
 from edge_agent.kv.reader import Expectation
 from edge_agent.kv.recipe import Layout, Recipe
 from edge_agent.kv.transform import Transform
@@ -38,8 +38,29 @@ def to_send(
         sent = rung.reduced(cache.between(own_tokens, len(ids)))
         if rung.eviction is not None:
             kept = kept_entries(sent, own_tokens=own_tokens, tokens=len(ids), layers=layout.layers)
+    header = payload_header(
+        manifest, context_id, ids, own_tokens=own_tokens, rung=rung, layout=layout, kept=kept, facts=facts
+    )
+    return header, sent
+
+
+def payload_header(
+    manifest: Manifest,
+    context_id: str,
+    ids: Sequence[int],
+    *,
+    own_tokens: int,
+    rung: Recipe,
+    layout: Layout,
+    kept: Kept | None = None,
+    facts: Sequence[Fact] = (),
+) -> Header:
+    """The header of a payload whose slices have this layout, and all entries or those `kept`.
+
+    Raises RecipeInvalid for a rung that needs a transform, which the bundle lacks.
+    """
     id_bytes = manifest.info().bytes_per_token_id
-    header = Header(
+    return Header(
         fingerprint=manifest.fingerprint,
         tokenizer=manifest.tokenizer_digest,
         weight_precision=manifest.weight_precision,
@@ -63,7 +84,6 @@ def to_send(
         kept=kept,
         facts=tuple(facts),
     )
-    return header, sent
 
 
 def _transform_id(manifest: Manifest, rung: Recipe) -> str:

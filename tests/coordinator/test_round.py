@@ -61,7 +61,7 @@ PLAN = LinkPlan(
     known=True,
 )
 OTHER = replace(PLAN, sender="pi-2", context="log", context_id=digest(2), arrive_s=2.0)
-OWN = LocalSource(context=context("plan", 200), pressure=0.4)
+OWN = LocalSource(context=context("plan", 200), pressure=0.4, least="klt5", rung="float32")
 
 
 def round_of(*sources: LinkPlan | LocalSource, **changes: Any) -> Round:

@@ -26,6 +26,7 @@ from broker_config.messages import (
 )
 from edge_agent.agent import Agent
 from edge_agent.engine import Engine
+from edge_agent.kv.cache import Cache
 from edge_agent.library import Library
 from edge_agent.memory import ContextStore, Held
 from edge_agent.settings import AgentSettings, MemorySettings, TelemetrySettings
@@ -85,6 +86,12 @@ class MemoryAgent(Agent):
     @property
     def library(self) -> Library:
         return self._library
+
+
+def kept(store: ContextStore, context_id: str) -> Cache | None:
+    """A context's cache, if it is in memory; it counts as no use."""
+    form = store._forms.get(context_id)
+    return None if form is None else store.shelf.take(form)
 
 
 class Site:

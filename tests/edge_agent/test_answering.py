@@ -23,6 +23,7 @@ from tests.edge_agent.agents import (
     MemoryAgent,
     Site,
     answer_order,
+    kept,
     order_for,
     part_of,
     queued,
@@ -109,7 +110,7 @@ async def from_the_payload(site: Site, *numbers: int, rung: str, facts_tokens: i
     engine, model = receiver(site).engine, receiver(site).engine.model
     live, told = engine.after_prefix(), []
     for number in numbers:
-        cache = site.agents[SENDER].store.cache(held(site, number).context_id)
+        cache = kept(site.agents[SENDER].store, held(site, number).context_id)
         assert cache is not None
         header, back = relay.received(model, relay.sent(model, cache, recipe(rung)))
         live.append(back, tokens=header.tokens)

@@ -15,10 +15,12 @@ import pytest
 from edge_agent import library as module
 from edge_agent.engine import Engine
 from edge_agent.errors import AgentError, ContextEmpty, ContextTooLong, ContextUnknown
+from edge_agent.kv.cache import Cache
 from edge_agent.library import MAX_TEXT_BYTES, Library
-from edge_agent.memory import ContextStore
+from edge_agent.memory import Budget, ContextStore, Form, Shelf
 from edge_agent.model.session import Model
 from edge_agent.model.text import Text
+from tests.edge_agent.agents import kept
 
 ROOM = 10_000_000
 
@@ -28,7 +30,9 @@ class Place:
 
     def __init__(self, engine: Engine, folder: Path | None, budget_bytes: int = ROOM) -> None:
         self.engine, self.folder = engine, folder
-        self.store = ContextStore(budget_bytes)
+        model = engine.model
+        shelf = Shelf(model.manifest, model.transform, tightest_kl=0.02)
+        self.store = ContextStore(shelf, Budget(limit_bytes=budget_bytes))
         self.library = Library(engine=engine, store=self.store, folder=folder)
 
     def write(self, name: str, content: str | bytes) -> Path:
@@ -250,15 +254,16 @@ async def test_what_is_taken_in_is_prefilled_in_the_background(place: Place) -> 
     put = asyncio.Event()
     real = place.store.put
 
-    def watched(context_id: str, cache: object) -> tuple[str, ...]:
+    async def watched(context_id: str, cache: Cache) -> Form:
+        kept_as = await real(context_id, cache)
         put.set()
-        return real(context_id, cache)  # type: ignore[arg-type]
+        return kept_as
 
     place.store.put = watched  # type: ignore[method-assign]
     async with prefilling(place.library):
         held = await place.library.add("north", "The pump stopped.")
         await put.wait()
-    cache = place.store.cache(held.context_id)
+    cache = kept(place.store, held.context_id)
     assert cache is not None
     assert cache.entries == len(held.ids)
     assert [info.cached for info in place.store.infos()] == [True]
@@ -267,13 +272,13 @@ async def test_what_is_taken_in_is_prefilled_in_the_background(place: Place) -> 
 async def test_a_context_that_does_not_fit_the_budget_is_held_as_text_and_the_next_is_tried(
     engine: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    place = Place(engine, tmp_path, budget_bytes=60_000)
+    place = Place(engine, tmp_path, budget_bytes=5_000)
     warned = asyncio.Event()
     real = place.store.put
 
-    def watched(context_id: str, cache: object) -> tuple[str, ...]:
+    async def watched(context_id: str, cache: Cache) -> Form:
         try:
-            return real(context_id, cache)  # type: ignore[arg-type]
+            return await real(context_id, cache)
         finally:
             if len(place.store.names()) == 2 and context_id == held.context_id:
                 warned.set()

@@ -26,6 +26,7 @@ from tests.edge_agent.agents import (
     SOUTH,
     Site,
     answer_order,
+    kept,
     order_for,
     part_of,
     running_site,
@@ -56,7 +57,7 @@ def held(site: Site, name: str = "text-0") -> Held:
 
 
 def cached(site: Site) -> Cache:
-    cache = site.agents["pi-1"].store.cache(held(site).context_id)
+    cache = kept(site.agents["pi-1"].store, held(site).context_id)
     assert cache is not None
     return cache
 
@@ -267,7 +268,7 @@ async def test_a_nan_at_the_sender_makes_the_receiver_fetch_the_text_at_once(sit
     values = layers[2].values.copy()
     values[1, -1, 3] = np.nan
     layers[2] = replace(layers[2], values=values)
-    site.agents["pi-1"].store.put(held(site).context_id, Cache(tuple(layers)))
+    await site.agents["pi-1"].store.put(held(site).context_id, Cache(tuple(layers)))
     part = part_of(held(site), "pi-1", text_holders=("coordinator",), own_tokens=own)
     order = question(part)
     await site.order("pi-1", sending := order_for(part, order, RECEIVER))

@@ -1,0 +1,110 @@
+"""A cache at rest: the slices of the payload that would carry it, coded at a rung."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import msgspec
+
+from edge_agent.errors import PayloadRejected, RecipeInvalid
+from edge_agent.kv import coded
+from edge_agent.kv.cache import Cache, concatenate
+from edge_agent.kv.payload import Header, decode_slice, pieces, slice_bodies, slice_place
+from edge_agent.kv.reader import BodyReader, Expectation
+from edge_agent.kv.recipe import Recipe, recipe
+from edge_agent.kv.transform import Transform
+
+
+@dataclass(frozen=True, eq=False)
+class Shelved:
+    """header: of a payload with the whole context, no token of which the receiver prefills. bodies: of its slices."""
+
+    header: Header
+    bodies: tuple[bytes, ...]
+
+    @property
+    def rung(self) -> str:
+        return self.header.rung
+
+    @property
+    def nbytes(self) -> int:
+        return sum(map(len, self.bodies))
+
+
+def shelve(header: Header, cache: Cache, transform: Transform | None) -> Shelved:
+    """A cache, coded as the header says. Raises like payload.slice_bodies."""
+    return Shelved(header, tuple(slice_bodies(header, cache, transform)))
+
+
+def taken_down(shelved: Shelved, transform: Transform | None) -> Cache:
+    """The cache that was put on the shelf, as its rung has left it."""
+    header = shelved.header
+    positions = header.positions()
+    return concatenate([decode_slice(header, positions, body, transform) for body in shelved.bodies])
+
+
+def nests(held: Recipe, wanted: Recipe) -> bool:
+    """Whether a rung follows from another by shifting alone."""
+    return (
+        held.level is not None
+        and wanted.level is not None
+        and (held.eviction, wanted.eviction) == (None, None)
+        and wanted.level >= held.level
+        and (wanted.level - held.level) % 2 == 0
+    )
+
+
+def tightened(shelved: Shelved, wanted: Recipe, transform: Transform) -> Shelved:
+    """The same at a coarser rung that nests in its own, slice by slice, without going back to floats.
+
+    Raises RecipeInvalid for any other rung.
+    """
+    header = msgspec.structs.replace(shelved.header, rung=wanted.name, level=wanted.level)
+    return Shelved(header, tuple(bodies_for(header, shelved, transform)))
+
+
+def bodies_for(header: Header, shelved: Shelved, transform: Transform) -> Iterator[bytes]:
+    """The bodies of a payload with this header, out of a shelved cache in whose rung the header's nests.
+
+    At most two of the shelf's slices are unpacked at a time. Raises RecipeInvalid for a rung that does not nest.
+    """
+    held, level = shelved.header, header.level
+    if held.level is None or level is None or not nests(recipe(held.rung), recipe(header.rung)):
+        raise RecipeInvalid(f"{header.rung} does not follow from {held.rung}")
+    starts, unpacked = held.slice_starts(), dict[int, coded.Symbols]()
+    for start, entries in header.slice_starts():
+        first = header.own_tokens + start
+        parts = []
+        for number, (at, count) in enumerate(starts):
+            if at + count <= first or at >= first + entries:
+                unpacked.pop(number, None)
+                continue
+            if number not in unpacked:
+                unpacked[number] = _tightened(transform, held, shelved.bodies[number], count, level)
+            parts.append((unpacked[number], max(0, first - at), min(count, first + entries - at)))
+        yield slice_place(start, entries) + coded.pack(transform, level, coded.joined(parts))
+
+
+def as_payload(shelved: Shelved) -> bytes:
+    """All of it, with digests."""
+    return b"".join(pieces(shelved.header, shelved.bodies))
+
+
+def from_payload(data: bytes, expectation: Expectation) -> Shelved:
+    """What as_payload made. Raises PayloadRejected for damaged bytes, another model's, or a part of a context."""
+    reader = BodyReader(expectation)
+    reader.feed(data)
+    header = reader.header
+    if header is None or not reader.complete:
+        raise PayloadRejected("trailer", "missing")
+    if header.own_tokens or not header.entries:
+        raise PayloadRejected("own_ids", "it is no whole cache")
+    return Shelved(header, tuple(reader.bodies))
+
+
+def _tightened(transform: Transform, held: Header, body: bytes, entries: int, level: int) -> coded.Symbols:
+    wanted = dict.fromkeys(held.shape.sent_layers, entries)
+    symbols = coded.unpack(transform, held.level or 0, memoryview(body)[struct.calcsize("<II") :], wanted)
+    return coded.tightened(transform, symbols, held.level or 0, level)
