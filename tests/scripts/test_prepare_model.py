@@ -375,10 +375,10 @@ def test_bundles_of_all_precisions_come_from_one_export(quick: Path, tmp_path: P
     assert all(prepared.manifest.weight_precision == weights for weights, prepared in made.items())
     sizes = [made[weights].size_bytes for weights in ("int4", "int8", "fp32")]
     assert sizes == sorted(sizes)
-    for weights in ("fp32", "int4"):  # what the first found out is not found out again
-        assert not {"profile the layers", "compare with the export"} & set(_titles(made[weights]))
+    for other in ("fp32", "int4"):  # what the first found out is not found out again
+        assert not {"profile the layers", "compare with the export"} & set(_titles(made[other]))
         for field in ("profile", "precisions"):
-            assert getattr(made[weights].manifest, field) == getattr(made["int8"].manifest, field)
+            assert getattr(made[other].manifest, field) == getattr(made["int8"].manifest, field)
     assert "quantize the weights to int8" not in _titles(made["int4"])
 
 
