@@ -9,6 +9,7 @@ import pytest
 
 from broker_config.messages import AnswerOutcome
 from edge_agent.memory import Budget
+from edge_agent.memory.budget import System
 from edge_agent.memory.spill import SpillFailed
 from edge_agent.settings import AgentSettings, MemorySettings
 from tests.edge_agent.agents import NORTH, SOUTH, MemoryAgent, Site, answer_order, part_of, running_site
@@ -46,6 +47,21 @@ async def test_its_own_context_is_used_as_it_is_kept_unless_better_is_asked(site
     better = await asked(site, "float32")
     assert better.parts[0].prefill_s > 0
     assert better.answer == exact.answer
+
+
+async def test_caches_tighten_by_themselves_as_memory_fills_and_telemetry_says_so(
+    site: Site, tiny_bundle: Path
+) -> None:
+    held = (await site.start(AGENT, tiny_bundle, NORTH))[0]
+    store = site.agents[AGENT].store
+    assert store.infos()[0].rung == "float32"
+    left = store.cache_bytes  # somebody else took all the rest
+    store._budget = Budget(limit_bytes=1 << 40, share=0.5, system=lambda: System(left - store.cache_bytes))
+    await site.until(lambda: store.rung(held.context_id) != "float32")
+    info = store.infos()[0]
+    assert info.rung == store.shelf.rungs[1]
+    assert info.ready == store.shelf.ready(info.rung)
+    assert 0 < info.cache_bytes == store.cache_bytes
 
 
 async def test_what_memory_has_no_room_for_is_on_disk_and_there_after_a_restart(
