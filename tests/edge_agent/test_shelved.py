@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import struct
+import tracemalloc
 from dataclasses import replace
 
 import msgspec
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.errors import PayloadRejected, RecipeInvalid
-from edge_agent.kv.payload import encode, pieces
+from edge_agent.kv.payload import decode_slice, encode, pieces
 from edge_agent.kv.reader import decode
 from edge_agent.kv.recipe import recipe
 from edge_agent.kv.shelved import (
@@ -172,3 +173,24 @@ def test_another_transforms_or_models_cache_is_refused() -> None:
     other = replace(kept, header=msgspec.structs.replace(kept.header, fingerprint="e" * 32))
     with pytest.raises(PayloadRejected):
         from_payload(as_payload(other), expectation_for(cache))
+
+
+@pytest.mark.parametrize("name", ["klt0", "klt4", "klt8", "q4", "fp16"])
+def test_coding_takes_at_most_twice_the_cache_beside_it_and_what_it_gives(name: str) -> None:
+    cache = made_up(layers=6, heads=3, entries=512, dim=64)
+    transform = transform_for(cache)
+    header = header_for(cache, recipe(name))
+    limit = 2 * cache.nbytes
+    taken_down(shelve(header, cache, transform), transform)  # what is made once is made
+    tracemalloc.start()
+    try:
+        kept = shelve(header, cache, transform)
+        encoding = tracemalloc.get_traced_memory()[1] - kept.nbytes
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        parts = [decode_slice(header, header.positions(), body, transform) for body in kept.bodies]
+        decoding = tracemalloc.get_traced_memory()[1] - before - sum(part.nbytes for part in parts)
+    finally:
+        tracemalloc.stop()
+    assert encoding < limit, f"encoding: {encoding / cache.nbytes:.2f} of the cache"
+    assert decoding < limit, f"decoding: {decoding / cache.nbytes:.2f} of the cache"
