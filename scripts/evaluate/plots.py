@@ -190,8 +190,8 @@ def _draw(panel: Any, rows: Sequence[Row], styles: dict[str, _Style], metric: st
     levels = []
     for row in rows:
         found = getattr(row, metric)
-        if row.method in _BASELINES and found is not None:
-            levels.append(max(found.mean, _LEAST_KL) if metric == "kl" else scale * found.mean)
+        if row.method in _BASELINES and found is not None and (metric != "kl" or found.mean > _LEAST_KL):
+            levels.append(scale * found.mean)  # but not of the reference itself, whose KL of 0 would stretch the axis
             panel.axhline(levels[-1], color="#555555", linewidth=1, linestyle=_BASELINES[row.method])
     panel.set_xscale("log")
     if metric == "kl":
