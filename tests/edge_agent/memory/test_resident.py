@@ -100,8 +100,10 @@ def test_resident_memory_falls_with_what_is_tightened_and_spilled(tmp_path: Path
     for before, after in (("floats", "tightened"), ("floats", "on disk")):
         booked = found[before][1] - found[after][1]
         resident = found[before][0] - found[after][0]
-        assert booked > 80
-        assert resident > 0.8 * booked, found  # some of it is buffers of the libraries
+        assert booked > 60
+        assert resident > 0.6 * booked, (
+            found
+        )  # the rest is buffers of the libraries, and what lies between what is kept
     assert found["floats"][0] - found["empty"][0] > 0.9 * found["floats"][1]
 
 
