@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,31 @@ from scripts.prepare_model.errors import DiskFull, is_disk_full
 
 _BASELINES: dict[str, Any] = {TEXT: "-.", NONE: ":", NONE + FACTS: (0, (5, 2, 1, 2, 1, 2))}
 _PANELS = (("kl", "KL, nats (10⁻⁵ is that or less)", 1.0), ("agreement", "agreement", 1.0), ("f1", "F1, %", 100.0))
+# Of multiple choice, where others have F1.
+_CHOICE = ("choice", "right choice, %", 100.0)
 # A logarithmic axis has no 0: what is nearer to it, as an exact cache, stands here.
 _LEAST_KL = 1e-5
 _EXACT = "exact"
 _COLOURS = {"q*": "#E69F00", "mix*": "#009E73", "qkvcomm-*": "#D55E00", _EXACT: "#222222"}
 # Okabe and Ito's palette, which stays apart under the common forms of colour blindness; the first four stand above.
-_FURTHER = ("#0072B2", "#CC79A7", "#56B4E9", "#7A6A00", "#5B3FA0", "#777777")
-_MARKERS = ("s", "D", "^", "o", "v", "P", "X", "<", ">", "h")
-_BITS = (0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+FURTHER = ("#0072B2", "#CC79A7", "#56B4E9", "#7A6A00", "#5B3FA0", "#777777")
+MARKERS = ("s", "D", "^", "o", "v", "P", "X", "<", ">", "h")
+_BITS = (0.25, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 # Where a label may stand beside its marker, in points, best first: x, y, horizontal and vertical alignment.
 _PLACES = tuple(
     (x * far, y * far, {1: "left", 0: "center", -1: "right"}[x], {1: "bottom", 0: "center", -1: "top"}[y])
     for far in (4, 9, 15, 22, 30, 40, 50, 60)
     for x, y in ((1, 1), (-1, -1), (1, -1), (-1, 1), (0, 1), (0, -1), (1, 0), (-1, 0))
 )
+
+
+class Label(Struct, frozen=True):
+    """A text beside the marker at (x, y), in the panel's units."""
+
+    text: str
+    x: float
+    y: float
+    colour: str
 
 
 class _Style(Struct, frozen=True):
@@ -49,7 +61,8 @@ class _Point(Struct, frozen=True):
 
 
 def rate_quality(rows: Sequence[Row], path: Path) -> None:
-    """A column for each data set; KL, agreement and F1 over bits per element; the file's ending says its format.
+    """A column for each data set; KL, agreement and F1 (of multiple choice the share of right choices) over bits per
+    element; the file's ending says its format.
 
     Methods of a family are joined by a line, dashed and hollow with facts; those that send no cache are levels.
     Raises EvaluationError if there is nothing to draw or the file can't be written.
@@ -57,11 +70,7 @@ def rate_quality(rows: Sequence[Row], path: Path) -> None:
     datasets = list(dict.fromkeys(row.dataset for row in rows))
     if not datasets:
         raise EvaluationError("there are no results to draw")
-    import matplotlib as mpl  # noqa: PLC0415  heavy, and only for this
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt  # noqa: PLC0415
-
+    plt = pyplot()
     figure, axes = plt.subplots(
         len(_PANELS),
         len(datasets),
@@ -72,20 +81,41 @@ def rate_quality(rows: Sequence[Row], path: Path) -> None:
         squeeze=False,
     )
     styles = _styles(rows)
-    try:
-        for column, dataset in enumerate(datasets):
-            own = [row for row in rows if row.dataset == dataset]
+    by_dataset = [[row for row in rows if row.dataset == dataset] for dataset in datasets]
+    with saving(figure, path):
+        titles = [""] * len(_PANELS)
+        for column, (dataset, own) in enumerate(zip(datasets, by_dataset, strict=True)):
             axes[0][column].set_title(f"{dataset}, {own[0].items} items", fontsize=10, loc="left")
             axes[-1][column].set_xlabel("bits per element", fontsize=9)
-            for panel, (metric, title, scale) in zip(axes[:, column], _PANELS, strict=True):
-                panel.set_ylabel(title if column == 0 else "", fontsize=9)
+            for place, (metric, title, scale) in enumerate(_panels(own)):
+                panel = axes[place][column]
+                panel.set_ylabel(title if title != titles[place] else "", fontsize=9)
+                titles[place] = title
                 _draw(panel, own, styles, metric, scale)
         _legend(figure, rows, styles)
         figure.draw_without_rendering()
-        for panels, (metric, _, scale) in zip(axes, _PANELS, strict=True):
-            for panel, dataset in zip(panels, datasets, strict=True):
-                if metric != "f1":  # its intervals leave no room for names, and the markers are those above
-                    _label(panel, list(_points([row for row in rows if row.dataset == dataset], metric, scale)), styles)
+        for column, own in enumerate(by_dataset):
+            # The last panel's intervals leave no room for names, and the markers are those above.
+            for panel, (metric, _, scale) in zip(axes[:-1, column], _panels(own)[:-1], strict=True):
+                points = list(_points(own, metric, scale))
+                label(panel, _labels(points, styles), [(each.x, each.y) for each in points])
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot, drawing to files only; imported when it is first needed, for it is heavy."""
+    import matplotlib as mpl  # noqa: PLC0415
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt  # noqa: PLC0415
+
+    return plt
+
+
+@contextmanager
+def saving(figure: Any, path: Path) -> Iterator[None]:
+    """Save a figure once its block has drawn it, and close it. Raises EvaluationError if the file can't be written."""
+    try:
+        yield
         figure.savefig(path, dpi=130)
     except (OSError, ValueError) as error:
         if is_disk_full(error):
@@ -93,15 +123,25 @@ def rate_quality(rows: Sequence[Row], path: Path) -> None:
         why = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         raise EvaluationError(f"{path} can't be written ({why})") from None
     finally:
-        plt.close(figure)
+        pyplot().close(figure)
 
 
 def family(method: str) -> str:
-    """What a method's curve is: its name with * for its first number and without facts, `q6-l70` → `q*-l70`."""
+    """What a method's curve is: its name with * for its first number and without facts, `q6-l70` → `q*-l70`.
+
+    The number in fp16 and float32 is none: theirs is the share of entries, `fp16-e30-b4` → `fp16-e*-b4`.
+    """
     name = method.removesuffix(FACTS)
     if name in {"fp16", "float32"}:
         return _EXACT
-    return name if name.startswith(("fp16", "float32")) else re.sub(r"\d+(\.\d+)?", "*", name, count=1)
+    if name.startswith(("fp16", "float32")):
+        return re.sub(r"(-[eh])\d+", r"\1*", name)
+    return re.sub(r"\d+(\.\d+)?", "*", name, count=1)
+
+
+def _panels(rows: Sequence[Row]) -> tuple[tuple[str, str, float], ...]:
+    """Metric, title and scale of a data set's panels."""
+    return (*_PANELS[:-1], _CHOICE) if any(row.choice is not None for row in rows) else _PANELS
 
 
 def _is_level(method: str) -> bool:
@@ -112,7 +152,7 @@ def _is_level(method: str) -> bool:
 def _styles(rows: Sequence[Row]) -> dict[str, _Style]:
     names = list(dict.fromkeys(family(row.method) for row in rows if not _is_level(row.method)))
     names.sort(key=lambda name: name not in _COLOURS)
-    further, markers = cycle(_FURTHER), cycle(_MARKERS)
+    further, markers = cycle(FURTHER), cycle(MARKERS)
     return {name: _Style(_COLOURS.get(name) or next(further), next(markers)) for name in names}
 
 
@@ -197,40 +237,68 @@ def _legend(figure: Any, rows: Sequence[Row], styles: dict[str, _Style]) -> None
     figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
 
 
-def _label(panel: Any, points: Sequence[_Point], styles: dict[str, _Style]) -> None:
-    """Names beside markers, covering neither a marker nor a name; a method with facts needs none beside itself."""
+def _labels(points: Sequence[_Point], styles: dict[str, _Style]) -> list[Label]:
+    """The methods' names; a method with facts needs none beside itself."""
+    drawn = {each.method for each in points}
+    return [
+        Label(each.method, each.x, each.y, styles[family(each.method)].colour)
+        for each in points
+        if not each.method.endswith(FACTS) or each.method.removesuffix(FACTS) not in drawn
+    ]
+
+
+def label(
+    panel: Any,
+    labels: Sequence[Label],
+    points: Sequence[tuple[float, float]],
+    bars: Sequence[tuple[float, float, float, float]] = (),
+) -> None:
+    """Texts beside their markers, covering neither a text nor any of the markers at `points`.
+
+    bars: of intervals, x, y, x, y of their ends, which are kept free where there is room. The figure must have been
+    laid out before.
+    """
+    pixels = panel.transData.transform(list(points)) if points else []
+    taken: list[tuple[float, ...]] = [(x - 5, y - 5, x + 5, y + 5) for x, y in pixels]
+    ends = panel.transData.transform([(x, y) for bar in bars for x, y in (bar[:2], bar[2:])]) if bars else []
+    lines = [
+        (min(x, u) - 1, min(y, v) - 1, max(x, u) + 1, max(y, v) + 1)
+        for (x, y), (u, v) in zip(ends[::2], ends[1::2], strict=True)
+    ]
+    for each in sorted(labels, key=lambda each: each.x):
+        box = _placed(panel, each, [*taken, *lines]) or (_placed(panel, each, taken) if lines else None)
+        if box is None:
+            panel.annotate(each.text, (each.x, each.y), (4, 4), textcoords="offset points", fontsize=7)
+        else:
+            taken.append(box)
+
+
+def _placed(panel: Any, label: Label, taken: Sequence[tuple[float, ...]]) -> tuple[float, ...] | None:
+    """The box in pixels where a label was put within the panel and off all that is taken; None if there is none."""
     from matplotlib.patheffects import withStroke  # noqa: PLC0415
     from matplotlib.text import Text  # noqa: PLC0415
 
-    drawn = {each.method for each in points}
     renderer, bounds = panel.figure.canvas.get_renderer(), panel.get_window_extent()
-    pixels = panel.transData.transform([(each.x, each.y) for each in points]) if points else []
-    taken: list[tuple[float, ...]] = [(x - 5, y - 5, x + 5, y + 5) for x, y in pixels]
-    for each in sorted(points, key=lambda each: each.x):
-        if each.method.endswith(FACTS) and each.method.removesuffix(FACTS) in drawn:
-            continue
-        for x, y, horizontal, vertical in _PLACES:
-            name = panel.annotate(
-                each.method,
-                (each.x, each.y),
-                (x, y),
-                textcoords="offset points",
-                ha=horizontal,
-                va=vertical,
-                fontsize=7,
-                color=styles[family(each.method)].colour,
-                path_effects=[withStroke(linewidth=1.5, foreground="white")],
-                arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "#999999"} if max(x, y, -x, -y) > 9 else None,
-            )
-            name.update_positions(renderer)
-            box = tuple(Text.get_window_extent(name, renderer).extents)  # without the arrow
-            inside = bounds.x0 <= box[0] and box[2] <= bounds.x1 and bounds.y0 <= box[1] and box[3] <= bounds.y1
-            if inside and not any(_overlap(box, other) for other in taken):
-                taken.append(box)
-                break
-            name.remove()
-        else:
-            panel.annotate(each.method, (each.x, each.y), (4, 4), textcoords="offset points", fontsize=7)
+    for x, y, horizontal, vertical in _PLACES:
+        name = panel.annotate(
+            label.text,
+            (label.x, label.y),
+            (x, y),
+            textcoords="offset points",
+            ha=horizontal,
+            va=vertical,
+            fontsize=7,
+            color=label.colour,
+            path_effects=[withStroke(linewidth=1.5, foreground="white")],
+            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "#999999"} if max(x, y, -x, -y) > 9 else None,
+        )
+        name.update_positions(renderer)
+        box = tuple(Text.get_window_extent(name, renderer).extents)  # without the arrow
+        inside = bounds.x0 <= box[0] and box[2] <= bounds.x1 and bounds.y0 <= box[1] and box[3] <= bounds.y1
+        if inside and not any(_overlap(box, other) for other in taken):
+            return box
+        name.remove()
+    return None
 
 
 def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:

@@ -35,6 +35,6 @@ def record(item: str = "1", method: str = "q4", dataset: str = "squad", **change
         "decode_s": 0.02,
         "context_s": 0.0,
         "answer_s": 0.47,
-        "choice": 1.0,
+        "choice": None,
     }
     return Record(item=item, method=method, dataset=dataset, **(fields | changes))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import pytest
-from matplotlib.figure import Figure
-from matplotlib.text import Text
 
 from scripts.evaluate.errors import EvaluationError
 from scripts.evaluate.plots import family, rate_quality
@@ -30,20 +28,6 @@ RECORDS = [
     for method in METHODS
     for item in range(5)
 ]
-
-
-@pytest.fixture
-def texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is written in the pictures that are saved."""
-    found: list[str] = []
-    save = Figure.savefig
-
-    def savefig(figure: Figure, *arguments: Any, **options: Any) -> None:
-        save(figure, *arguments, **options)
-        found.extend(text.get_text() for text in figure.findobj(Text))
-
-    monkeypatch.setattr(Figure, "savefig", savefig)
-    return found
 
 
 @pytest.mark.parametrize(("ending", "begins"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
@@ -76,6 +60,8 @@ def test_a_curve_joins_what_differs_in_one_number() -> None:
     assert family("q6-l70") == family("q4-l70") != family("q6-l50")
     assert family("klt-0.7") == family("klt-1") == "klt-*"
     assert family("klmix4-whole") == family("klmix8-whole") == "klmix*-whole"
+    assert family("fp16-e5-b4") == family("fp16-e50-b4") == "fp16-e*-b4" != family("fp16-e50") == "fp16-e*"
+    assert family("klt6-h50") == family("klt8-h50") == "klt*-h50"
     assert family("float32") == family("fp16+facts") != family("fp16-l70") == "fp16-l70"
     assert len({family(method) for method in ("q6", "q6-whole", "mix6", "qkvcomm-6", "fp16", "h2o-10")}) == 6
 
@@ -98,3 +84,11 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "rate.png").symlink_to("/dev/full")
     with pytest.raises(EvaluationError, match="disk full while writing"):
         rate_quality(rows([record()], ["q4"]), tmp_path / "rate.png")
+
+
+def test_multiple_choice_shows_its_choices_where_others_show_f1(tmp_path: Path, texts: list[str]) -> None:
+    methods = ["text", "q8", "q4"]
+    chosen = [msgspec.structs.replace(each, dataset="arc", choice=1.0) for each in RECORDS if each.dataset == "squad"]
+    rate_quality(rows([*RECORDS, *chosen], methods), tmp_path / "rate.png")
+    assert {"F1, %", "right choice, %", "arc, 5 items"} <= set(texts)
+    assert texts.count("agreement") == 1

@@ -112,7 +112,7 @@ def test_a_metric_that_some_items_lack_is_estimated_over_the_others_and_says_how
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 20)), min_size=1, max_size=8))
 def test_every_number_of_a_row_is_finite(found: list[tuple[float, float]]) -> None:
-    row = only(*(record(str(at), f1=f1, kl=kl) for at, (f1, kl) in enumerate(found)))
+    row = only(*(record(str(at), f1=f1, kl=kl, choice=f1) for at, (f1, kl) in enumerate(found)))
     for metric in METRICS:
         made: Any = getattr(row, metric)
         assert made.low <= made.mean <= made.high
