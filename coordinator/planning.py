@@ -15,7 +15,6 @@ from coordinator.round import LocalSource, Round
 from coordinator.settings import CoordinatorSettings
 from coordinator.texts import Texts
 
-LOSSLESS = "float32"
 HOLDERS = 64
 """As many as an order may name."""
 
@@ -42,7 +41,7 @@ def plan_round(
         raise RequestImpossible("it names a source twice; name each context once")
     local: dict[str, LocalSource] = {}
     for source in ask.sources:
-        if source.partition(":")[0] == ask.receiver and receiver.telemetry:
+        if source.partition(":")[0] == ask.receiver and receiver.telemetry and receiver.model:
             context = resolve_source(fleet, source, now_s, expiry_s)[1]
             if any(context.context_id == each.context.context_id for each in local.values()):
                 raise RequestImpossible(f"it names {ask.receiver}:{context.name} twice; name each context once")
@@ -78,14 +77,15 @@ def plan_round(
     )
 
 
-def local_source(ask: Ask, model: ModelInfo | None, context: ContextInfo, pressure: float) -> LocalSource:
+def local_source(ask: Ask, model: ModelInfo, context: ContextInfo, pressure: float) -> LocalSource:
     """A context of the receiver's own: used as it is kept, unless that loses more than is asked for."""
-    loss = {rung.name: rung.kl for rung in ((*model.baselines, *model.ladder) if model else ())}
-    fitting = [rung for rung in (model.ladder if model else ()) if rung.kl <= ask.quality_floor]
-    least = ask.rung or (max(fitting, key=lambda rung: rung.kl).name if fitting else LOSSLESS)
-    kept = context.rung or LOSSLESS
-    fits = loss.get(kept, 0.0 if kept == LOSSLESS else float("inf")) <= loss.get(least, 0.0)
-    return LocalSource(context=context, pressure=pressure, least=least, rung=kept if fits else LOSSLESS)
+    loss = {rung.name: rung.kl for rung in (*model.baselines, *model.ladder)}
+    best = min(model.ladder, key=lambda rung: rung.kl).name
+    fitting = [rung for rung in model.ladder if rung.kl <= ask.quality_floor]
+    least = ask.rung or max(fitting, key=lambda rung: rung.kl, default=model.ladder[0]).name
+    fits = context.rung is not None and loss.get(context.rung, float("inf")) <= loss.get(least, 0.0)
+    rung = context.rung if fits and context.rung else best
+    return LocalSource(context=context, pressure=pressure, least=least, rung=rung)
 
 
 def airtime_free(fleet: Fleet, settings: CoordinatorSettings, running: Collection[Round]) -> dict[str, float]:

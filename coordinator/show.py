@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich.markup import escape
 from rich.table import Table
 
-from broker_config.messages import LinkReport, RoundReport, Stages
+from broker_config.messages import ContextInfo, LinkReport, RoundReport, Stages
 from coordinator.fleet import Fleet
 
 STAGE_NAMES = {
@@ -88,6 +88,13 @@ def outcome_lines(report: RoundReport) -> Iterator[str]:
     yield f"{question}; {e2e}, whole answer {seconds(report.total_s)}{deadline}"
 
 
+def _kept(context: ContextInfo) -> str:
+    """What there is of a context beside its text."""
+    if not context.cached:
+        return "text"
+    return f"cache {context.rung or ''}".rstrip() + ("" if context.cache_bytes else ", on disk")
+
+
 def fleet_table(fleet: Fleet) -> Table:
     """The agents of a site."""
     table = Table(title="agents")
@@ -108,10 +115,7 @@ def fleet_table(fleet: Fleet) -> Table:
             f"{rate(link.uplink_bps or 0)} / {rate(link.downlink_bps or 0)}",
             f"{link.round_trip_s * 1000:.0f} ms" if link.round_trip_s is not None else "–",
             f"{speed.prefill_tps:.0f} / {speed.decode_tps:.0f} tokens/s" if speed else "–",
-            "\n".join(
-                f"{context.name} ({context.tokens} tokens, {'cached' if context.cached else 'text'})"
-                for context in telemetry.contexts
-            )
+            "\n".join(f"{context.name} ({context.tokens} tokens, {_kept(context)})" for context in telemetry.contexts)
             or "none",
         )
     return table

@@ -102,6 +102,7 @@ class Agent:
                     group.create_task(self._report(control), name="telemetry")
                     group.create_task(self._link.run(self._settings.telemetry.probe_interval_s), name="link probes")
                     group.create_task(self._library.prefill(), name="contexts")
+                    group.create_task(self._tidy(), name="memory")
             finally:
                 await self._tasks.close()
                 await last_words(self._say_offline(control))
@@ -178,7 +179,6 @@ class Agent:
     async def _report(self, control: Bus) -> None:
         while True:
             await self._library.scan()
-            await self._store.relieve()
             memory = measure(self._store.cache_bytes, self._store.budget_bytes)
             telemetry = Telemetry(
                 agent=self._name,
@@ -197,6 +197,12 @@ class Agent:
                 await control.publish(topics.TELEMETRY, telemetry, agent=self._name)
             except BusError as error:
                 log.info("telemetry: %s", error)
+            await asyncio.sleep(self._settings.telemetry.interval_s)
+
+    async def _tidy(self) -> None:
+        """Tighten caches as memory fills, whoever fills it."""
+        while True:
+            await self._store.relieve()
             await asyncio.sleep(self._settings.telemetry.interval_s)
 
     def _presence(self, state: str) -> Presence:

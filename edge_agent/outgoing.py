@@ -16,11 +16,12 @@ from broker_config.transfer import Sent, send
 from edge_agent.context_facts import ContextFacts
 from edge_agent.engine import Engine
 from edge_agent.errors import AgentError, RecipeInvalid
+from edge_agent.kv.cache import Cache
 from edge_agent.kv.payload import pieces
 from edge_agent.kv.recipe import Recipe, recipe
 from edge_agent.link_quality import LinkMeter
 from edge_agent.memory import ContextStore, Form, Held, rung_of
-from edge_agent.tasks import last_words
+from edge_agent.tasks import beside, last_words
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class Outgoing:
         with self._store.pinned(held.context_id), self._link.transferring():
             async with asyncio.timeout_at(deadline_s):
                 as_text = order.own_tokens == len(held.ids)
-                form = None if as_text else await self._form(job, held, rung)
+                form, made = (None, None) if as_text else await self._form(job, held, rung)
                 facts = () if as_text else await self._facts.of(held, order.facts_tokens, patience_s=FACTS_PATIENCE_S)
             header, bodies = await asyncio.to_thread(
                 self._store.shelf.to_send,
@@ -89,7 +90,7 @@ class Outgoing:
                 own_tokens=order.own_tokens,
                 facts=facts,
             )
-            sent = await send(
+            sending = send(
                 bulk=self._bulk,
                 control=self._control,
                 sender=self._agent,
@@ -102,21 +103,27 @@ class Outgoing:
                 rate_bps=order.rate_bps,
                 expires_s=max(0.0, round(deadline_s - clock(), 3)),
             )
+            sent = await beside(sending, self._keep(held, made))
         self._engine.meter.encode(header.decoded_bytes() // 4, job.encode_s)
         self._link.sent(sent.wire_bytes, sent.transfer_s)
         return sent
 
-    async def _form(self, job: _Job, held: Held, rung: Recipe) -> Form:
-        """The context's cache as it is kept, or computed anew if what is kept can't be sent at the rung."""
+    async def _form(self, job: _Job, held: Held, rung: Recipe) -> tuple[Form, Cache | None]:
+        """The cache as it is kept; if that can't be sent at the rung, one computed anew, which is then to be kept."""
         form = await self._store.fetch(held.context_id)
         if form is not None and self._store.shelf.serves(rung_of(form), rung.name):
-            return form
+            return form, None
         cache, job.prefill_s = await self._engine.prefill_context(list(held.ids), job.order.request, mass=True)
+        return cache, cache
+
+    async def _keep(self, held: Held, cache: Cache | None) -> None:
+        """Put a cache into the store, for which others may have to be tightened; it is sent all the same."""
+        if cache is None:
+            return
         try:
             await self._store.put(held.context_id, cache)
-        except AgentError as error:  # it can be sent all the same
+        except AgentError as error:
             log.warning("%s: %s", held.name, error)
-        return cache
 
     async def _pieces(self, job: _Job, pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
         """Each piece coded in a thread, timed, when the transfer asks for it."""

@@ -59,6 +59,8 @@ def backfilled(layer: Layer, kept: Places, rank: int, *, exact: bool = False) ->
 def _residual(kept: Float64, gone: Float64, mass: Float64, rank: int, *, exact: bool) -> Float64:
     """The mean of what is orthogonal to the kept values, by mass, along its strongest directions: (head_dim,)."""
     basis = _basis(kept)
+    if basis.shape[1] == kept.shape[1]:  # nothing is orthogonal to them
+        return np.zeros(kept.shape[1])
     rest = gone - (gone @ basis) @ basis.T
     mean: Float64 = (mass / mass.sum()) @ rest
     directions = _directions_exact(rest, rank) if exact else _directions(rest, rank)

@@ -13,7 +13,8 @@ A slice's body: u32 first entry, u32 entries, then by codec
     float32, fp16   keys then values of every sent layer, (kv_heads, entries, head_dim) each
     affine          float32 (sent layers, 2, 2): minimum and maximum of keys, of values; then the codes, bit-packed: of
                     the layers of each width together, widths rising, layers rising, keys then values of each
-    klt             the symbols of the transform that the header names, at its level (see kv.coded)
+    klt             the symbols of the transform that the header names, at its level (see kv.coded); or, where it
+                    refines a coarser level, what a holder of the cache at that one lacks of them
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ class Header(Struct, frozen=True, kw_only=True):
     """The payload's header. tokens is of the whole context; own_ids are its first tokens, id_bytes each.
 
     widths: with codec "affine", the bits of each sent layer; else empty. transform, level: with codec "klt" alone, its
-    id and how coarsely its components are quantized. kept: which entries are there, if not all. facts: what the sender
+    id and how coarsely its components are quantized. refines: the coarser level of the very cache that the receiver
+    must hold already, to be brought to this one. kept: which entries are there, if not all. facts: what the sender
     says of the context beside its cache, for the receiver to put before the question.
     """
 
@@ -91,6 +93,7 @@ class Header(Struct, frozen=True, kw_only=True):
     rung: RungName
     transform: Digest | None = None
     level: Annotated[int, Meta(ge=0, lt=LEVELS)] | None = None
+    refines: Annotated[int, Meta(ge=0, lt=LEVELS)] | None = None
     slice_tokens: Annotated[int, Meta(ge=1, le=65_536)]
     tokens: Tokens
     id_bytes: Annotated[int, Meta(ge=1, le=4)]

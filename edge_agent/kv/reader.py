@@ -51,11 +51,12 @@ class Expectation:
 class PayloadReader:
     """Feed it bytes as they come; `header` is set once it is there, `caches` fills slice by slice, `complete` ends it.
 
+    refines: the level of a cache that is held and is to be refined; without, only what stands by itself is taken.
     Raises PayloadRejected (WrongModel for another model's payload) at the first byte range that can't be used.
     """
 
-    def __init__(self, expectation: Expectation) -> None:
-        self._expectation = expectation
+    def __init__(self, expectation: Expectation, *, refines: int | None = None) -> None:
+        self._expectation, self._refines = expectation, refines
         self._buffer = bytearray()
         self._digest = hashlib.blake2b(digest_size=FINAL_DIGEST_BYTES)
         self.header: Header | None = None
@@ -173,6 +174,8 @@ class PayloadReader:
         known = expected.transform.id if expected.transform is not None else None
         if header.transform not in {None, known}:
             raise PayloadRejected("transform", f"{header.transform} is not known here (known: {known})")
+        if header.refines != self._refines:
+            raise PayloadRejected("refines", f"level {header.refines}; held here is {self._refines}")
         if header.tokens > expected.window_tokens:
             raise PayloadRejected("tokens", f"{header.tokens}, above the window of {expected.window_tokens}")
         if header.decoded_bytes() > expected.limit_bytes:
@@ -185,8 +188,8 @@ class PayloadReader:
 class BodyReader(PayloadReader):
     """Keeps the bodies of slices as they are, checked by their digests alone."""
 
-    def __init__(self, expectation: Expectation) -> None:
-        super().__init__(expectation)
+    def __init__(self, expectation: Expectation, *, refines: int | None = None) -> None:
+        super().__init__(expectation, refines=refines)
         self.bodies: list[bytes] = []
 
     def _keep(self, header: Header, body: bytes) -> None:  # noqa: ARG002
@@ -231,6 +234,10 @@ def _check_codec(header: Header) -> None:
         raise PayloadRejected("widths", f"{len(header.widths)} where codec {header.codec} has {expected}")
     if {header.transform is not None, header.level is not None} != {header.codec == "klt"}:
         raise PayloadRejected("transform", f"{header.transform} at level {header.level} with codec {header.codec}")
+    if header.refines is not None and (
+        header.level is None or header.refines <= header.level or (header.refines - header.level) % 2
+    ):
+        raise PayloadRejected("refines", f"level {header.refines} by level {header.level}")
 
 
 def _check_layers(shape: Shape) -> None:

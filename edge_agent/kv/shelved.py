@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,6 +14,8 @@ from edge_agent.kv.payload import Header, decode_slice, pieces, slice_bodies, sl
 from edge_agent.kv.reader import BodyReader, Expectation
 from edge_agent.kv.recipe import Recipe, recipe
 from edge_agent.kv.transform import Transform
+
+_PLACE_BYTES = len(slice_place(0, 0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,9 +83,37 @@ def bodies_for(header: Header, shelved: Shelved, transform: Transform) -> Iterat
                 unpacked.pop(number, None)
                 continue
             if number not in unpacked:
-                unpacked[number] = _tightened(transform, held, shelved.bodies[number], count, level)
+                symbols = _unpacked(transform, held, shelved.bodies[number], count)
+                unpacked[number] = coded.tightened(transform, symbols, held.level, level)
             parts.append((unpacked[number], max(0, first - at), min(count, first + entries - at)))
         yield slice_place(start, entries) + coded.pack(transform, level, coded.joined(parts))
+
+
+def refinement(fine: Shelved, coarse: Recipe, transform: Transform) -> Iterator[bytes]:
+    """A payload, piece by piece, of what a holder of the same cache at a coarser rung lacks.
+
+    Raises RecipeInvalid for a rung that does not nest in the cache's, or is it.
+    """
+    level = fine.header.level
+    if level is None or coarse.level is None or not nests(recipe(fine.rung), coarse) or coarse.level == level:
+        raise RecipeInvalid(f"{fine.rung} does not refine {coarse.name}")
+    header = msgspec.structs.replace(fine.header, refines=coarse.level)
+    return pieces(header, _refinements(fine, level, coarse.level, transform))
+
+
+def refined(coarse: Shelved, data: bytes, expectation: Expectation) -> Shelved:
+    """The finer cache, of the one that is held and what `refinement` made. Raises PayloadRejected."""
+    held, transform = coarse.header, expectation.transform
+    header, bodies = _whole(data, expectation, refines=held.level)
+    alike = msgspec.structs.replace(header, rung=held.rung, level=held.level, refines=None, facts=held.facts)
+    if alike != held or transform is None or header.level is None or held.level is None:
+        raise PayloadRejected("refines", "another cache than the one that is held")
+    whole = []
+    for (start, count), body, more in zip(header.slice_starts(), coarse.bodies, bodies, strict=True):
+        symbols = _unpacked(transform, held, body, count)
+        finer = coded.refined(transform, symbols, held.level, memoryview(more)[_PLACE_BYTES:], header.level)
+        whole.append(slice_place(start, count) + coded.pack(transform, header.level, finer))
+    return Shelved(msgspec.structs.replace(header, refines=None), tuple(whole))
 
 
 def as_payload(shelved: Shelved) -> bytes:
@@ -94,17 +123,28 @@ def as_payload(shelved: Shelved) -> bytes:
 
 def from_payload(data: bytes, expectation: Expectation) -> Shelved:
     """What as_payload made. Raises PayloadRejected for damaged bytes, another model's, or a part of a context."""
-    reader = BodyReader(expectation)
+    return Shelved(*_whole(data, expectation))
+
+
+def _whole(data: bytes, expectation: Expectation, *, refines: int | None = None) -> tuple[Header, tuple[bytes, ...]]:
+    """Header and bodies of a payload with a whole context."""
+    reader = BodyReader(expectation, refines=refines)
     reader.feed(data)
     header = reader.header
     if header is None or not reader.complete:
         raise PayloadRejected("trailer", "missing")
     if header.own_tokens or not header.entries:
         raise PayloadRejected("own_ids", "it is no whole cache")
-    return Shelved(header, tuple(reader.bodies))
+    return header, tuple(reader.bodies)
 
 
-def _tightened(transform: Transform, held: Header, body: bytes, entries: int, level: int) -> coded.Symbols:
-    wanted = dict.fromkeys(held.shape.sent_layers, entries)
-    symbols = coded.unpack(transform, held.level or 0, memoryview(body)[struct.calcsize("<II") :], wanted)
-    return coded.tightened(transform, symbols, held.level or 0, level)
+def _refinements(fine: Shelved, level: int, coarse_level: int, transform: Transform) -> Iterator[bytes]:
+    for (start, count), body in zip(fine.header.slice_starts(), fine.bodies, strict=True):
+        symbols = _unpacked(transform, fine.header, body, count)
+        yield slice_place(start, count) + coded.pack_refinement(transform, symbols, level, coarse_level)
+
+
+def _unpacked(transform: Transform, header: Header, body: bytes, entries: int) -> coded.Symbols:
+    """A body's symbols."""
+    wanted = dict.fromkeys(header.shape.sent_layers, entries)
+    return coded.unpack(transform, header.level or 0, memoryview(body)[_PLACE_BYTES:], wanted)

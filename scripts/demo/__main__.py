@@ -88,6 +88,10 @@ async def _play(running: Stage, act: Act) -> list[Played]:
     await running.set_links(act)
     if act.fill is not None:
         await running.fill(act.fill)
+    if act.tighten:
+        await running.tighten()
+    if act.fill is not None or act.tighten:
+        console.print(f"   {running.kept()}")
     played: list[Played] = []
     for policy in POLICIES:
         if policy != POLICIES[0]:

@@ -40,12 +40,14 @@ class Act(Struct, frozen=True, kw_only=True):
     """Questions under one state of links and memory.
 
     rates_mbps: each agent's access link, both directions. fill: raise the memory pressure of FILLED to this first.
+    tighten: give it so much to hold that its own document's cache is tightened.
     """
 
     title: str
     rates_mbps: dict[str, float]
     questions: tuple[Question, ...]
     fill: float | None = None
+    tighten: bool = False
     deadline_s: float | None = None
 
 
@@ -83,10 +85,10 @@ def acts() -> tuple[Act, ...]:
             deadline_s=3.0,
         ),
         Act(
-            title=f"more pages, past 0.80: at most {caps.at_most(0.80):g} bits an element",
+            title=f"more pages than {FILLED} has room for: caches tighten where they are kept, longest unused first",
             rates_mbps=fast,
             questions=(memory,),
-            fill=0.80,
+            tighten=True,
             deadline_s=3.0,
         ),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -11,11 +12,13 @@ from pathlib import Path
 from broker_config.settings import BrokerSettings
 from coordinator.client import Client, Watch
 from coordinator.fleet import Fleet
+from coordinator.show import size
 from scripts.demo.processes import DemoFailed, Processes, free_port, processes
 from scripts.demo.script import AGENTS, CACHE_BUDGET_MB, DOCUMENTS, FILLED, MEGABIT, RECEIVER, SENDERS, Act, pages
 from scripts.link import Bucket, EmulatedLink
 
 SITE = "demo"
+EXACT = "float32"
 DELAY_S = 0.005
 START_TIMEOUT_S = 120.0
 LINK_TIMEOUT_S = 12.0
@@ -47,14 +50,30 @@ class Stage:
 
     async def fill(self, pressure: float) -> None:
         """Give pages to FILLED until its memory pressure is there."""
+        await self._give_until(lambda fleet: _pressure(fleet, FILLED) >= pressure)
+
+    async def tighten(self) -> None:
+        """Give pages to FILLED until the cache of its own document has been tightened for them."""
+        await self._give_until(lambda fleet: _rung(fleet, FILLED, SENDERS[FILLED]) != EXACT)
+
+    def kept(self) -> str:
+        """What FILLED keeps, at which rungs."""
+        state = self._watch.fleet.agents[FILLED].telemetry
+        contexts = state.contexts if state else ()
+        rungs = Counter(context.rung for context in contexts if context.rung)
+        parts = ", ".join(f"{count} at {rung}" for rung, count in rungs.most_common())
+        taken = sum(context.cache_bytes for context in contexts)
+        return f"{FILLED} keeps {len(contexts)} contexts, {parts}, in {size(taken)}"
+
+    async def _give_until(self, done: Callable[[Fleet], bool]) -> None:
         for name, text in pages()[len(self._given) :]:
-            if _pressure(self._watch.fleet, FILLED) >= pressure:
+            if done(self._watch.fleet):
                 return
             await self.client.give(FILLED, name, text)
             self._given.append(name)
             async with asyncio.timeout(START_TIMEOUT_S):
                 await self._watch.until(lambda fleet, name=name: _cached(fleet, FILLED, name))  # type: ignore[misc]
-        raise DemoFailed(f"all pages given, and {FILLED}'s memory pressure is still below {pressure:.2f}")
+        raise DemoFailed(f"all pages given, and {FILLED}'s memory is not yet as the act wants it: {self.kept()}")
 
 
 @asynccontextmanager
@@ -142,6 +161,12 @@ def _noticed(fleet: Fleet, agent: str, mbps: float) -> bool:
 def _pressure(fleet: Fleet, agent: str) -> float:
     telemetry = fleet.agents[agent].telemetry
     return telemetry.memory.pressure if telemetry else 0.0
+
+
+def _rung(fleet: Fleet, agent: str, name: str) -> str | None:
+    telemetry = fleet.agents[agent].telemetry
+    contexts = telemetry.contexts if telemetry else ()
+    return next((context.rung for context in contexts if context.name == name), None)
 
 
 def _cached(fleet: Fleet, agent: str, name: str) -> bool:

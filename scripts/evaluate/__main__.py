@@ -53,7 +53,8 @@ def main(
             help="What is compared, with commas: text, none, others' groups (group-4, group-2, kivi-2), "
             "or recipes (float32, fp16, q6, mix6-whole, fp16-l70, "
             "fp16-k70, qkvcomm-6, ...), each with +facts or without; `table` stands for those of the paper's table, "
-            "their baselines and ours, `parts` for the steps of the paper's pipeline one by one."
+            "their baselines and ours, `parts` for the steps of the paper's pipeline one by one, `codec` for the "
+            "transform at every level, `eviction` for budgets of 5 to 50 % with and without backfill."
         ),
     ] = "table",
     items: Annotated[int, typer.Option(min=0, help="Questions of each file, drawn at random; 0: all.")] = 100,
@@ -89,7 +90,8 @@ def main(
 
     Two sessions of the model, sender and receiver, exchange every context as the bytes of a payload. Results are kept
     item by item: an interrupted run goes on when the same command is given again. Written to the output directory:
-    evaluate.md, evaluate.json, rate-quality.png, results.jsonl, and run.json, which says what they are of.
+    evaluate.md, evaluate.json, rate-quality.png, damage-recovery.png where methods backfill, results.jsonl, and
+    run.json, which says what they are of.
     """
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
     try:

@@ -1,4 +1,4 @@
-"""What an evaluation leaves beside its records: evaluate.md, evaluate.json and the curves."""
+"""What an evaluation leaves beside its records: evaluate.md, evaluate.json and the pictures."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from scripts.evaluate.items import Skipped
 from scripts.evaluate.method import FACTS
 from scripts.evaluate.plots import rate_quality
 from scripts.evaluate.records import Record
+from scripts.evaluate.recovery import Recovery, damage_recovery, recoveries
 from scripts.evaluate.summary import Row, rows
 from scripts.prepare_model.errors import free_mb, is_disk_full
 from scripts.provenance import machine, versions
 
-MARKDOWN, JSON, CURVES = "evaluate.md", "evaluate.json", "rate-quality.png"
+MARKDOWN, JSON, CURVES, RECOVERY = "evaluate.md", "evaluate.json", "rate-quality.png", "damage-recovery.png"
 PACKAGES = ("kvbus", "numpy", "onnxruntime", "tokenizers", "torch", "transformers", "yake", "spacy")
 
 
@@ -35,6 +36,7 @@ class Report(Struct, frozen=True, kw_only=True):
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...]
     rows: tuple[Row, ...]
+    recoveries: tuple[Recovery, ...]
 
 
 def report(
@@ -56,6 +58,7 @@ def report(
         skipped=tuple(skipped),
         notes=tuple(notes),
         rows=rows(records, methods),
+        recoveries=recoveries(records, methods),
     )
 
 
@@ -74,6 +77,9 @@ def markdown(made: Report, records: Sequence[Record]) -> str:
     ]
     if any(name.endswith(FACTS) and name.removesuffix(FACTS) in made.methods for name in made.methods):
         parts += ["**What facts add**, paired differences with and without", tables.facts(records)]
+    if made.recoveries:
+        parts.append("**What backfill gives back**: damage is what eviction alone loses against the uncompressed run")
+        parts.append(tables.backfill(made.recoveries))
     if any(map(tables.in_paper, made.rows)):
         parts += ["**Q-KVComm's Table I** and ours", tables.paper(made.rows)]
     if made.skipped:
@@ -84,7 +90,7 @@ def markdown(made: Report, records: Sequence[Record]) -> str:
 
 
 def write(made: Report, text: str, directory: Path, *, also: Path | None = None) -> tuple[Path, ...]:
-    """The three files, the JSON `also` at another place. Raises EvaluationError if one can't be written."""
+    """Text, JSON (`also` at another place, too) and pictures. Raises EvaluationError if one can't be written."""
     content = msgspec.json.format(msgspec.json.encode(made), indent=2) + b"\n"
     files = {directory / MARKDOWN: text.encode(), directory / JSON: content} | ({also: content} if also else {})
     paths = tuple(files)
@@ -95,8 +101,10 @@ def write(made: Report, text: str, directory: Path, *, also: Path | None = None)
             if is_disk_full(error):
                 raise ResultsInvalid(f"disk full while writing {path}: {free_mb(path)} MB free") from None
             raise ResultsInvalid(f"{path} can't be written ({error.strerror})") from None
-    curves = directory / CURVES
-    if not made.rows:
-        return paths
-    rate_quality(made.rows, curves)
-    return (*paths, curves)
+    if made.rows:
+        paths += (directory / CURVES,)
+        rate_quality(made.rows, paths[-1])
+    if made.recoveries:
+        paths += (directory / RECOVERY,)
+        damage_recovery(made.recoveries, paths[-1])
+    return paths

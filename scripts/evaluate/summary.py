@@ -81,19 +81,25 @@ def rows(records: Sequence[Record], methods: Sequence[str]) -> tuple[Row, ...]:
 
     Only items that all of these methods have done are counted, so that rows of a data set compare like with like.
     """
+    counted = comparable(records, methods)
     found = []
-    for dataset in dict.fromkeys(record.dataset for record in records):
-        by_method: dict[str, dict[str, Record]] = {method: {} for method in methods}
-        for record in records:
-            if record.dataset == dataset and record.method in by_method:
-                by_method[record.method][record.item] = record
-        done = [by_item for by_item in by_method.values() if by_item]
-        shared = set.intersection(*map(set, done)) if done else set()
-        for method, by_item in by_method.items():
-            counted = [record for item, record in by_item.items() if item in shared]
-            if counted:
-                found.append(_row(dataset, method, counted))
+    for dataset in dict.fromkeys(record.dataset for record in counted):
+        for method in dict.fromkeys(methods):
+            own = [record for record in counted if (record.dataset, record.method) == (dataset, method)]
+            if own:
+                found.append(_row(dataset, method, own))
     return tuple(found)
+
+
+def comparable(records: Iterable[Record], methods: Iterable[str]) -> tuple[Record, ...]:
+    """Those of `methods`, of items for which every method that was run on their data set is done."""
+    asked = set(methods)
+    wanted = [record for record in records if record.method in asked]
+    done: dict[str, dict[str, set[str]]] = {}
+    for record in wanted:
+        done.setdefault(record.dataset, {}).setdefault(record.method, set()).add(record.item)
+    shared = {dataset: set.intersection(*by_method.values()) for dataset, by_method in done.items()}
+    return tuple(record for record in wanted if record.item in shared[record.dataset])
 
 
 def paired(records: Iterable[Record], metric: str, method: str, baseline: str) -> Estimate:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from msgspec import Struct
 
 from scripts.evaluate.method import FACTS
 from scripts.evaluate.records import Record
+from scripts.evaluate.recovery import Recovery
 from scripts.evaluate.summary import Estimate, Row, paired
 
 _NONE = "–"
+_Of = TypeVar("_Of", Row, Recovery)
 
 
 class PaperRow(Struct, frozen=True):
@@ -95,6 +98,28 @@ def facts(records: Sequence[Record]) -> str:
     return _table(("data set", "method", "items", "F1, points", "EM, points", "log p of the reference, nats"), lines, 2)
 
 
+def backfill(found: Sequence[Recovery]) -> str:
+    """What each eviction loses of the answers, and what backfill gives back of that: a table for each data set."""
+    scored = [each.f1_recovery for each in found if each.f1_recovery is not None]
+    chosen = [each.choice_recovery for each in found if each.choice_recovery is not None]
+    head = ["method", "kept", "KL, nats: damage", "recovery"]
+    head += ["F1, points: damage", "recovery"] if scored else []
+    head += ["right choice, points: damage", "recovery"] if chosen else []
+    nats, points = "{:+z.3f}".format, "{:+z.1f}".format
+    return _by_dataset(
+        found,
+        head,
+        lambda each: (
+            each.method.backfilled,
+            f"{100 * each.method.share:g} %",
+            _shown(each.kl_damage, "{:z.3f}".format),
+            _shown(each.kl_recovery, nats),
+            *((_shown(each.f1_damage, points, 100), _shown(each.f1_recovery, points, 100)) if scored else ()),
+            *((_shown(each.choice_damage, points, 100), _shown(each.choice_recovery, points, 100)) if chosen else ()),
+        ),
+    )
+
+
 def paper(rows: Sequence[Row]) -> str:
     """Q-KVComm's Table I beside our figures for the same pipeline, with and without facts.
 
@@ -142,7 +167,7 @@ def kl_text(kl: float) -> str:
     return f"{kl:.5f}" if kl >= 1e-5 or kl == 0 else f"{kl:.0e}"
 
 
-def _by_dataset(rows: Sequence[Row], head: Sequence[str], cells: Callable[[Row], Sequence[str]]) -> str:
+def _by_dataset(rows: Sequence[_Of], head: Sequence[str], cells: Callable[[_Of], Sequence[str]]) -> str:
     parts = []
     for dataset in dict.fromkeys(row.dataset for row in rows):
         own = [row for row in rows if row.dataset == dataset]

@@ -31,6 +31,7 @@ from scripts.prepare_model.worker import HALF_TRANSFORM_FILE, Exported, ExportJo
 
 TOKENIZER_FILE = "tokenizer.json"
 REPORT_PASSAGES, REPORT_TOKENS = 8, 160
+REWRITE_CHECK = "rewrite check"
 LADDER_QUESTIONS = 2
 """Asked of every text that a ladder is measured on."""
 _NOT_IN_BUNDLES = frozenset({cache.EXPORT_NAME, HALF_TRANSFORM_FILE})
@@ -55,26 +56,28 @@ def make(
     _require_export_packages(versions)
     export = export_place(found, texts, versions, root)
     exported = ensure_export(found, texts, export, root=root, clock=clock)
+    known = _sibling(found, texts, weights, versions, root)
     with cache.scratch(target) as scratch:
-        manifests = _rewritten(found, exported, texts, versions=versions, export=export, scratch=scratch, clock=clock)
-        clock.stage("compare with the export")
-        samples = _report_ids(scratch / Weights.FP32, manifests[Weights.FP32], texts)
-        graph = ExportGraph(export / MODEL_FILE, exported.architecture)
-        try:
-            worst, tokens = quality.compare(graph, scratch / Weights.FP32, list(chain.from_iterable(samples)))
-            given = len(manifests[Weights.FP32].prompt.prefix_ids)
-            precisions = _precisions(scratch, samples, given, clock)
-        except AgentError as error:
-            raise ExportFailed(f"the rewritten graph does not run: {error}") from error
-        said = {"rewrite check": f"largest logit difference {worst:.1e} over {tokens} tokens"}
-        made = scratch / weights
-        manifest = manifests[weights]
+        manifests = _rewritten(
+            found,
+            exported,
+            texts,
+            wanted=(weights,) if known else tuple(Weights),
+            versions=versions,
+            export=export,
+            scratch=scratch,
+            clock=clock,
+        )
         passages = [*texts.passages, *exported.samples[: texts.samples]]
+        if known is None:
+            graph = ExportGraph(export / MODEL_FILE, exported.architecture)
+            known = _seen(graph, manifests[Weights.FP32], texts, passages, scratch=scratch, clock=clock)
+        made, manifest = scratch / weights, manifests[weights]
         manifest = msgspec.structs.replace(
             manifest,
-            precisions=precisions,
-            profile=_profile(scratch / Weights.FP32, passages, clock),
-            made_with=manifest.made_with | said,
+            precisions=known.precisions,
+            profile=known.profile,
+            made_with=manifest.made_with | {REWRITE_CHECK: known.made_with[REWRITE_CHECK]},
         )
         with _transform_of(made, manifest, export / HALF_TRANSFORM_FILE):
             manifest = _with_ladder(manifest, made, passages[1::2] or passages, clock)
@@ -82,6 +85,35 @@ def make(
         _write_manifest(made, manifest)
         cache.put_in_place(made, target)
     return manifest
+
+
+def _sibling(found: Source, texts: Texts, weights: Weights, versions: Mapping[str, str], root: Path) -> Manifest | None:
+    """The manifest of a bundle of the same export in another precision, which says what does not depend on that."""
+    for other in Weights:
+        key = cache.bundle_key(found.key, texts.digest, versions, other)
+        manifest = cache.find(cache.bundle_path(root, found.name, key)) if other != weights else None
+        if manifest is not None and REWRITE_CHECK in manifest.made_with:
+            return manifest
+    return None
+
+
+def _seen(
+    graph: ExportGraph, exact: Manifest, texts: Texts, passages: Sequence[str], *, scratch: Path, clock: Clock
+) -> Manifest:
+    """The manifest of the float32 bundle with all that is the same for every precision."""
+    clock.stage("compare with the export")
+    samples = _report_ids(scratch / Weights.FP32, exact, texts)
+    try:
+        worst, tokens = quality.compare(graph, scratch / Weights.FP32, list(chain.from_iterable(samples)))
+        precisions = _precisions(scratch, samples, len(exact.prompt.prefix_ids), clock)
+    except AgentError as error:
+        raise ExportFailed(f"the rewritten graph does not run: {error}") from error
+    return msgspec.structs.replace(
+        exact,
+        precisions=precisions,
+        profile=_profile(scratch / Weights.FP32, passages, clock),
+        made_with={REWRITE_CHECK: f"largest logit difference {worst:.1e} over {tokens} tokens"},
+    )
 
 
 def export_place(found: Source, texts: Texts, versions: Mapping[str, str], root: Path) -> Path:
@@ -113,12 +145,13 @@ def _rewritten(
     exported: Exported,
     texts: Texts,
     *,
+    wanted: tuple[Weights, ...],
     versions: Mapping[str, str],
     export: Path,
     scratch: Path,
     clock: Clock,
 ) -> dict[Weights, Manifest]:
-    """Bundles without ladders in scratch, one for each weight precision."""
+    """Bundles without ladders in scratch, one for each wanted weight precision."""
     work = scratch / "work"
     work.mkdir()
     tokenizer = tokenizers.Tokenizer.from_file(str(export / TOKENIZER_FILE))
@@ -130,13 +163,14 @@ def _rewritten(
         into=str(scratch),
         architecture=exported.architecture,
         texts=tuple((*prompt.prefix_ids, *tokenize(tokenizer, passage)) for passage in passages),
+        wanted=wanted,
     )
     rewritten = run_worker(job, work / "log.txt", clock)
     if not isinstance(rewritten, Rewritten):
         raise ExportFailed(f"the rewrite of {found.name} gave {type(rewritten).__name__}")
     shutil.rmtree(work)
     manifests = {}
-    for weights in Weights:
+    for weights in wanted:
         made = scratch / weights
         for path in export.iterdir():
             if path.suffix not in {".onnx", ".onnx_data"} and path.name not in _NOT_IN_BUNDLES:

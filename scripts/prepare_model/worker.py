@@ -61,7 +61,7 @@ class ExportJob(Struct, frozen=True, kw_only=True, tag="export"):
 
 
 class RewriteJob(Struct, frozen=True, kw_only=True, tag="rewrite"):
-    """Make graphs of every weight precision from the export in `export`, in into/WEIGHTS each.
+    """Make graphs of the wanted weight precisions from the export in `export`, in into/WEIGHTS each.
 
     texts: token ids, read to see what flows through the graph.
     """
@@ -71,6 +71,7 @@ class RewriteJob(Struct, frozen=True, kw_only=True, tag="rewrite"):
     into: str
     architecture: Architecture
     texts: tuple[tuple[int, ...], ...]
+    wanted: tuple[Weights, ...] = tuple(Weights)
 
 
 Job = ExportJob | RewriteJob
@@ -88,7 +89,7 @@ class Exported(Struct, frozen=True, kw_only=True, tag="exported"):
 
 
 class Rewritten(Struct, frozen=True, kw_only=True, tag="rewritten"):
-    """What the rewrite chose, for a person."""
+    """What the rewrite chose for int8, for a person; empty if that was not wanted."""
 
     forms: str
 
@@ -187,27 +188,32 @@ def work(job: Job, say: Callable[[Event], None]) -> Outcome:
 
 
 def rewrite_all(job: RewriteJob, say: Callable[[Event], None]) -> Rewritten:
-    """The export's graph, rewritten, in all weight precisions. Needs no torch."""
+    """The export's graph, rewritten, in the wanted weight precisions. Needs no torch."""
     from scripts.prepare_model.graph import capture, rewrite, storing, weights  # noqa: PLC0415
 
     say(Stage(title="rewrite the graph"))
     graph = rewrite.read_export(Path(job.export) / MODEL_FILE)
     rewrite.rewrite(graph, job.architecture)
-    places = {choice: Path(job.into) / choice / MODEL_FILE for choice in Weights}
+    places = {choice: Path(job.into) / choice / MODEL_FILE for choice in job.wanted}
     shape = job.architecture
     for place in places.values():
         place.parent.mkdir()
         rotation = place.with_name(ROTATION_FILE)
         storing.save_rotation(rotation, head_dim=shape.head_dim, opset=graph.opset)
-    with graph.kept():
-        weights.to_fp32(graph)
-        storing.save(graph, places[Weights.FP32])
+    if Weights.FP32 in places:
+        with graph.kept():
+            weights.to_fp32(graph)
+            storing.save(graph, places[Weights.FP32])
+    if Weights.INT4 in places:
+        say(Stage(title="quantize the weights to int4"))
+        with graph.kept():
+            weights.to_int4(graph)
+            storing.save(graph, places[Weights.INT4])
+    if Weights.INT8 not in places:
+        return Rewritten(forms="")
     say(Stage(title="see what flows through it"))
     samples = capture.capture(graph, Path(job.scratch), job.architecture, job.texts)
-    say(Stage(title="quantize the weights"))
-    with graph.kept():
-        weights.to_int4(graph)
-        storing.save(graph, places[Weights.INT4])
+    say(Stage(title="quantize the weights to int8"))
     chosen = weights.to_int8(graph, samples)
     storing.save(graph, places[Weights.INT8])
     return Rewritten(forms=weights.forms(chosen))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from broker_config.messages import ContextInfo, LinkQuality, Memory, ModelInfo, Presence, Rung, Speed, Telemetry
 from coordinator.fleet import Fleet, apply
@@ -51,9 +52,17 @@ def digest(number: int) -> str:
     return f"{number:032x}"
 
 
-def context(name: str = "report", tokens: int = 400, *, cached: bool = True) -> ContextInfo:
+def context(name: str = "report", tokens: int = 400, *, cached: bool = True, **changes: Any) -> ContextInfo:
     number = int.from_bytes(name.encode()[:16], "big")
-    return ContextInfo(context_id=digest(number), name=name, tokens=tokens, cached=cached, cache_bytes=0)
+    fields: dict[str, Any] = {
+        "context_id": digest(number),
+        "name": name,
+        "tokens": tokens,
+        "cached": cached,
+        "cache_bytes": 4 * ELEMENTS_PER_TOKEN * tokens if cached else 0,
+        "rung": "lossless" if cached else None,
+    }
+    return ContextInfo(**(fields | changes))
 
 
 def presence(agent: str, number: int = 1, state: str = "online", model: ModelInfo | None = MODEL) -> Presence:

@@ -21,7 +21,7 @@ from coordinator.errors import (
     RequestImpossible,
 )
 from coordinator.fleet import Fleet, apply
-from coordinator.planning import HOLDERS, airtime_free, plan_round, text_holders
+from coordinator.planning import HOLDERS, airtime_free, local_source, plan_round, text_holders
 from coordinator.policy import LinkPlan
 from coordinator.round import LocalSource, Round
 from coordinator.settings import ChannelSettings, CoordinatorSettings, PlanningSettings
@@ -77,6 +77,25 @@ def test_a_source_that_the_receiver_holds_itself_is_local_and_keeps_its_place() 
     assert isinstance(local, LocalSource)
     assert (local.context, local.pressure) == (PLAN, 0.25)
     assert round_.agents == ("jetson-1", "pi-2", "pi-1")
+
+
+@pytest.mark.parametrize(
+    ("kept", "changes", "least", "used"),
+    [
+        ("lossless", {}, "int4", "lossless"),
+        ("int4", {}, "int4", "int4"),
+        ("int4", {"quality_floor": 0.01}, "int6", "lossless"),
+        ("int3", {}, "int4", "lossless"),
+        ("int3", {"rung": "int3"}, "int3", "int3"),
+        (None, {}, "int4", "lossless"),
+    ],
+)
+def test_a_local_source_is_used_as_it_is_kept_unless_that_loses_too_much(
+    kept: str | None, changes: dict[str, Any], least: str, used: str
+) -> None:
+    ask = question(sources=("jetson-1",), **changes)
+    local = local_source(ask, MODEL, context("plan", 200, rung=kept), 0.25)
+    assert (local.least, local.rung) == (least, used)
 
 
 def test_a_question_of_local_sources_only_needs_no_plan() -> None:

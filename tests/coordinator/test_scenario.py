@@ -101,6 +101,17 @@ def test_memory_pressure_of_either_end_counts() -> None:
     assert squeezed.note == "no rung keeps KL 0.005 under memory pressure 0.93: sent as text"
 
 
+def test_a_tightened_cache_is_sent_at_what_it_can_be_sent_at_or_made_again() -> None:
+    tight = context("report", 900, rung="int6", ready=("int6", "int3"))
+    fleet = fleet_of(telemetry("pi-1", contexts=[tight]), telemetry("rx-1"))
+    link = build_scenario(fleet, [ask("pi-1")]).links[0]
+    assert (link.cached, [rung.name for rung in link.rungs]) == (True, ["int6"])
+    better = build_scenario(fleet, [ask("pi-1", floor=0.005)]).links[0]
+    assert (better.cached, [rung.name for rung in better.rungs]) == (False, ["int8", "fp16", "lossless"])
+    named = build_scenario(fleet, [ask("pi-1", rung="int4")]).links[0]
+    assert (named.cached, [rung.name for rung in named.rungs]) == (False, ["int4"])
+
+
 def test_a_quality_floor_of_zero_leaves_only_the_lossless_rung() -> None:
     link = build_scenario(fleet_of(*agents()), [ask("pi-1", floor=0.0)]).links[0]
     assert [rung.name for rung in link.rungs] == ["lossless"]

@@ -129,12 +129,21 @@ def test_the_fleet_table_shows_every_agent_with_what_it_holds() -> None:
     fleet = fleet_of(
         telemetry("pi-1", contexts=[context("report", 400), context("map", 12, cached=False)], pressure=0.44),
         telemetry("bare", speed=None),
+        telemetry("full", contexts=[context("log", 300, rung="int6"), context("plan", 9, rung="int4", cache_bytes=0)]),
     )
     fleet = apply(fleet, presence("gone", 1, "offline"), 0.0)
     text = rendered(fleet)
     for shown in (
         *("pi-1", "online", "SmolLM2-135M-Instruct int8", "0.44", "20.0 Mbit/s / 30.0 Mbit/s", "20 ms"),
-        *("150 / 12 tokens/s", "report (400 tokens, cached)", "map (12 tokens, text)", "gone", "offline", "none"),
+        *(
+            "150 / 12 tokens/s",
+            "report (400 tokens, cache lossless)",
+            "map (12 tokens, text)",
+            "gone",
+            "offline",
+            "none",
+        ),
+        *("log (300 tokens, cache int6)", "plan (9 tokens, cache int4, on disk)"),
     ):
         assert shown in text
 

@@ -120,12 +120,14 @@ class Site:
         ):
             await self.bus.subscribe(cast("topics.Topic[Any]", topic), handler)
 
-    async def start(self, name: str, bundle: Path, *texts: str, budget_mb: float = 64.0) -> list[Held]:
+    async def start(
+        self, name: str, bundle: Path, *texts: str, budget_mb: float = 64.0, spill: Path | None = None
+    ) -> list[Held]:
         """An agent that holds these texts and has made their caches."""
         settings = AgentSettings(
             agent=name,
             bundle=str(bundle),
-            memory=MemorySettings(cache_budget_mb=budget_mb),
+            memory=MemorySettings(cache_budget_mb=budget_mb, spill_folder=str(spill) if spill else None),
             telemetry=TelemetrySettings(interval_s=0.1, probe_interval_s=3_600),
         )
         agent = self.agents[name] = MemoryAgent(settings, self.broker)
@@ -142,6 +144,7 @@ class Site:
             running.cancel()
             with suppress(asyncio.CancelledError):
                 await running
+            self._online.discard(name)
 
     async def order(self, agent: str, *orders: Order) -> None:
         for each in orders:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import struct
+import tracemalloc
 from dataclasses import replace
 
 import msgspec
@@ -11,10 +14,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.errors import PayloadRejected, RecipeInvalid
-from edge_agent.kv.payload import encode, pieces
+from edge_agent.kv.payload import decode_slice, encode, pieces
 from edge_agent.kv.reader import decode
 from edge_agent.kv.recipe import recipe
-from edge_agent.kv.shelved import Shelved, as_payload, bodies_for, from_payload, nests, shelve, taken_down, tightened
+from edge_agent.kv.shelved import (
+    Shelved,
+    as_payload,
+    bodies_for,
+    from_payload,
+    nests,
+    refined,
+    refinement,
+    shelve,
+    taken_down,
+    tightened,
+)
 from tests.edge_agent.caches import equal, expectation_for, header_for, made_up, shapes, transform_for
 
 names = st.sampled_from(["float32", "fp16", "q8", "q4", "klt0", "klt3", "klt8"])
@@ -77,6 +91,58 @@ def test_only_what_nests_follows() -> None:
             tightened(kept, recipe(name), transform)
 
 
+@given(shapes, st.sampled_from([(0, 2), (0, 8), (3, 5), (1, 15)]), st.integers(1, 5))
+def test_a_second_part_brings_it_to_the_finer_rung(
+    shape: dict[str, int], levels: tuple[int, int], slice_tokens: int
+) -> None:
+    cache = made_up(**shape)
+    transform = transform_for(cache)
+    fine, coarse = (shelved(shape, f"klt{level}", slice_tokens) for level in levels)
+    more = b"".join(refinement(fine, recipe(coarse.rung), transform))
+    found = refined(coarse, more, expectation_for(cache))
+    assert (found.header, found.bodies) == (fine.header, fine.bodies)
+    for wrong in (tightened(fine, recipe(f"klt{levels[0]}"), transform), shelved({**shape, "seed": 1 << 20}, "klt1")):
+        if wrong.header.level != levels[1]:
+            with pytest.raises(PayloadRejected, match="refines"):
+                refined(wrong, more, expectation_for(cache))
+    with pytest.raises(PayloadRejected, match="refines"):
+        decode(more, expectation_for(cache))
+    with pytest.raises(PayloadRejected, match="refines"):
+        from_payload(more, expectation_for(cache))
+
+
+def test_a_second_part_of_another_context_is_refused() -> None:
+    cache = made_up()
+    fine = shelved({}, "klt1")
+    more = b"".join(refinement(fine, recipe("klt3"), transform_for(cache)))
+    coarse = shelved({}, "klt3")
+    other = replace(coarse, header=msgspec.structs.replace(coarse.header, context_id="e" * 32))
+    with pytest.raises(PayloadRejected, match="another cache"):
+        refined(other, more, expectation_for(cache))
+    for name in ("klt1", "klt2", "klt0", "fp16"):
+        with pytest.raises(RecipeInvalid, match="does not refine"):
+            refinement(fine, recipe(name), transform_for(cache))
+
+
+@given(shapes, st.data())
+def test_a_second_part_with_a_lie_is_refused_or_a_valid_cache(shape: dict[str, int], data: st.DataObject) -> None:
+    cache = made_up(**shape)
+    transform = transform_for(cache)
+    fine, coarse = shelved(shape, "klt0", 50), shelved(shape, "klt4", 50)
+    header, piece, trailer = refinement(fine, recipe("klt4"), transform)
+    body = bytearray(piece[5:-16])
+    at = data.draw(st.integers(8, len(body)))
+    lie = bytes(body[:at]) + data.draw(st.binary(max_size=20))
+    forged = b"S" + struct.pack("<I", len(lie)) + lie + hashlib.blake2b(lie, digest_size=16).digest()
+    whole = header + forged + trailer[:5]
+    whole += hashlib.blake2b(whole, digest_size=32).digest()
+    try:
+        found = refined(coarse, whole, expectation_for(cache))
+    except PayloadRejected:
+        return
+    taken_down(found, transform).check()
+
+
 @given(shapes, names, st.data())
 def test_any_flipped_bit_of_it_is_refused(shape: dict[str, int], name: str, data: st.DataObject) -> None:
     whole = bytearray(as_payload(shelved(shape, name)))
@@ -107,3 +173,24 @@ def test_another_transforms_or_models_cache_is_refused() -> None:
     other = replace(kept, header=msgspec.structs.replace(kept.header, fingerprint="e" * 32))
     with pytest.raises(PayloadRejected):
         from_payload(as_payload(other), expectation_for(cache))
+
+
+@pytest.mark.parametrize("name", ["klt0", "klt4", "klt8", "q4", "fp16"])
+def test_coding_takes_at_most_twice_the_cache_beside_it_and_what_it_gives(name: str) -> None:
+    cache = made_up(layers=6, heads=3, entries=512, dim=64)
+    transform = transform_for(cache)
+    header = header_for(cache, recipe(name))
+    limit = 2 * cache.nbytes
+    taken_down(shelve(header, cache, transform), transform)  # what is made once is made
+    tracemalloc.start()
+    try:
+        kept = shelve(header, cache, transform)
+        encoding = tracemalloc.get_traced_memory()[1] - kept.nbytes
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        parts = [decode_slice(header, header.positions(), body, transform) for body in kept.bodies]
+        decoding = tracemalloc.get_traced_memory()[1] - before - sum(part.nbytes for part in parts)
+    finally:
+        tracemalloc.stop()
+    assert encoding < limit, f"encoding: {encoding / cache.nbytes:.2f} of the cache"
+    assert decoding < limit, f"decoding: {decoding / cache.nbytes:.2f} of the cache"

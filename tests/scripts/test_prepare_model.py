@@ -375,6 +375,11 @@ def test_bundles_of_all_precisions_come_from_one_export(quick: Path, tmp_path: P
     assert all(prepared.manifest.weight_precision == weights for weights, prepared in made.items())
     sizes = [made[weights].size_bytes for weights in ("int4", "int8", "fp32")]
     assert sizes == sorted(sizes)
+    for other in ("fp32", "int4"):  # what the first found out is not found out again
+        assert not {"profile the layers", "compare with the export"} & set(_titles(made[other]))
+        for field in ("profile", "precisions"):
+            assert getattr(made[other].manifest, field) == getattr(made["int8"].manifest, field)
+    assert "quantize the weights to int8" not in _titles(made["int4"])
 
 
 def _cut(export: Path) -> None:
