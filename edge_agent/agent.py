@@ -46,6 +46,8 @@ from edge_agent.tasks import Tasks, last_words
 log = logging.getLogger(__name__)
 
 MEGA = 1_000_000
+OWN_LIMIT_BYTES = 1 << 62
+"""Of a cache that this agent has made itself: none, for disk is bounded already."""
 
 
 class Agent:
@@ -62,7 +64,7 @@ class Agent:
         self._note = ""
 
     async def run(self) -> None:
-        """Load the model, join the bus, work until cancelled. Raises BundleInvalid, ModelUnsupported."""
+        """Load the model, join the bus, work until cancelled. Raises BundleInvalid, ModelUnsupported, SpillFailed."""
         bundle = self._settings.bundle_path
         compute = self._settings.compute
         runtime = Runtime(
@@ -71,12 +73,13 @@ class Agent:
         runtime.share_with_numpy()
         model = await asyncio.to_thread(Model, bundle, runtime, prefill_chunk=compute.prefill_chunk_tokens)
         self._engine = Engine(model, Text(bundle, model.manifest))
-        self._store = await asyncio.to_thread(_store, model, self._settings.memory)
+        self._store = await asyncio.to_thread(_store, model, self._settings.memory, self._name)
         try:
             speed = await self._engine.start()
             log.info("ready: prefill %.0f tokens/s, decode %.0f tokens/s", speed.prefill_tps, speed.decode_tps)
             await self._join_bus()
         finally:
+            await self._store.close()
             self._engine.close()
 
     def _buses(self) -> tuple[MqttBus, MqttBus]:
@@ -226,18 +229,18 @@ class Agent:
             log.info("could not say goodbye: %s", error)
 
 
-def _store(model: Model, settings: MemorySettings) -> ContextStore:
-    """An empty store; what is on disk is taken over. Raises SpillFailed."""
-    limit = int(settings.payload_limit_mb * MEGA)
-    expected = expectation(model.manifest, limit, model.transform)
-    folder = settings.spill_path
+def _store(model: Model, settings: MemorySettings, agent: str) -> ContextStore:
+    """An empty store; what this agent has left on disk is taken over. Raises SpillFailed."""
+    manifest, folder = model.manifest, settings.spill_path
+    expected = expectation(manifest, OWN_LIMIT_BYTES, model.transform)
+    limit_bytes = int(settings.spill_limit_mb * MEGA)
     return ContextStore(
-        Shelf(model.manifest, model.transform, tightest_kl=settings.tightest_kl),
+        Shelf(manifest, model.transform, tightest_kl=settings.tightest_kl),
         Budget(
             limit_bytes=int(settings.cache_budget_mb * MEGA),
             share=settings.cache_budget_share,
             high=settings.high_watermark,
             low=settings.low_watermark,
         ),
-        Spill(folder, int(settings.spill_limit_mb * MEGA), expected) if folder else None,
+        Spill(folder / agent, limit_bytes, expected, manifest.weight_precision) if folder else None,
     )

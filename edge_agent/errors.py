@@ -8,7 +8,8 @@ AgentError
 ├── ContextTooLong         the tokens do not fit the model's window
 ├── ContextEmpty           there is nothing to prefill
 ├── ContextUnknown         no context of that id or name is held
-├── BudgetExceeded         a cache is larger than the whole cache budget
+├── BudgetExceeded         a cache does not fit the cache budget, or not beside what is in use
+├── SpillFailed            a cache could not be written to disk, or the folder for them can't be used
 ├── PartFailed             neither a transfer nor any holder of its text brought a context
 ├── RecipeInvalid          bits outside 1-8, an unknown rung
 ├── CacheInvalid           a cache holds a NaN or an infinity, or its shapes disagree
@@ -65,6 +66,10 @@ class ContextUnknown(AgentError):
 
 class BudgetExceeded(AgentError):
     """A single cache is larger than the whole budget."""
+
+
+class SpillFailed(AgentError):
+    """A cache could not be written to disk."""
 
 
 class PartFailed(AgentError):

@@ -20,8 +20,8 @@ from edge_agent.kv.cache import Cache
 from edge_agent.kv.payload import pieces
 from edge_agent.kv.recipe import Recipe, recipe
 from edge_agent.link_quality import LinkMeter
-from edge_agent.memory import ContextStore, Form, Held, rung_of
-from edge_agent.tasks import beside, last_words
+from edge_agent.memory import ContextStore, Form, Held
+from edge_agent.tasks import last_words
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +79,9 @@ class Outgoing:
         with self._store.pinned(held.context_id), self._link.transferring():
             async with asyncio.timeout_at(deadline_s):
                 as_text = order.own_tokens == len(held.ids)
-                form, made = (None, None) if as_text else await self._form(job, held, rung)
+                form = None if as_text else await self._form(job, held, rung)
                 facts = () if as_text else await self._facts.of(held, order.facts_tokens, patience_s=FACTS_PATIENCE_S)
+            begin = time.perf_counter()
             header, bodies = await asyncio.to_thread(
                 self._store.shelf.to_send,
                 form,
@@ -90,7 +91,8 @@ class Outgoing:
                 own_tokens=order.own_tokens,
                 facts=facts,
             )
-            sending = send(
+            job.encode_s += time.perf_counter() - begin
+            sent = await send(
                 bulk=self._bulk,
                 control=self._control,
                 sender=self._agent,
@@ -103,27 +105,21 @@ class Outgoing:
                 rate_bps=order.rate_bps,
                 expires_s=max(0.0, round(deadline_s - clock(), 3)),
             )
-            sent = await beside(sending, self._keep(held, made))
-        self._engine.meter.encode(header.decoded_bytes() // 4, job.encode_s)
+        if isinstance(form, Cache):  # what is sent as it is kept says nothing of coding
+            self._engine.meter.encode(header.decoded_bytes() // 4, job.encode_s)
         self._link.sent(sent.wire_bytes, sent.transfer_s)
         return sent
 
-    async def _form(self, job: _Job, held: Held, rung: Recipe) -> tuple[Form, Cache | None]:
+    async def _form(self, job: _Job, held: Held, rung: Recipe) -> Form:
         """The cache as it is kept; if that can't be sent at the rung, one computed anew, which is then to be kept."""
-        form = await self._store.fetch(held.context_id)
-        if form is not None and self._store.shelf.serves(rung_of(form), rung.name):
-            return form, None
+        kept, shelf = self._store.rung(held.context_id), self._store.shelf
+        if kept is not None and shelf.serves(kept, rung.name):
+            form = await self._store.fetch(held.context_id)
+            if form is not None and shelf.fits(form, rung, own_tokens=job.order.own_tokens):
+                return form
         cache, job.prefill_s = await self._engine.prefill_context(list(held.ids), job.order.request, mass=True)
-        return cache, cache
-
-    async def _keep(self, held: Held, cache: Cache | None) -> None:
-        """Put a cache into the store, for which others may have to be tightened; it is sent all the same."""
-        if cache is None:
-            return
-        try:
-            await self._store.put(held.context_id, cache)
-        except AgentError as error:
-            log.warning("%s: %s", held.name, error)
+        self._store.keep(held, cache)
+        return cache
 
     async def _pieces(self, job: _Job, pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
         """Each piece coded in a thread, timed, when the transfer asks for it."""

@@ -112,10 +112,12 @@ class Parts:
         """A context that this agent holds itself, computed anew if what is kept of it is worse than the part's rung."""
         held = self._store.get(progress.part.context_id)
         with self._store.pinned(held.context_id):
-            form = await self._store.fetch(held.context_id)
-            if form is not None and self._store.shelf.keeps(rung_of(form), progress.part.rung):
+            kept, shelf = self._store.rung(held.context_id), self._store.shelf
+            good = kept is not None and shelf.keeps(kept, progress.part.rung)
+            form = await self._store.fetch(held.context_id) if good else None
+            if form is not None and shelf.keeps(rung_of(form), progress.part.rung):
                 begin = time.perf_counter()
-                cache = await asyncio.to_thread(self._store.shelf.take, form)
+                cache = await asyncio.to_thread(shelf.take, form)
                 progress.decode_s = time.perf_counter() - begin
                 return cache
         cache, progress.prefill_s = await self._engine.prefill_context(list(held.ids), order.asker)

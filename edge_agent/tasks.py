@@ -72,20 +72,6 @@ async def last_words(work: Coroutine[Any, Any, None]) -> None:
     await asyncio.gather(speaking, return_exceptions=True)
 
 
-async def beside(work: Coroutine[Any, Any, T], other: Coroutine[Any, Any, None]) -> T:
-    """The result of work, when the other is done, too; work's failure cancels the other, waits for its end, and is
-    raised as it is.
-    """
-    task = asyncio.create_task(other)
-    try:
-        result = await work
-        await task
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-    return result
-
-
 async def gather_or_cancel(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """Results in order; the first failure cancels the others, waits for their end, and is raised as it is."""
     tasks = [asyncio.create_task(each) for each in work]

@@ -51,12 +51,13 @@ class Expectation:
 class PayloadReader:
     """Feed it bytes as they come; `header` is set once it is there, `caches` fills slice by slice, `complete` ends it.
 
-    refines: the level of a cache that is held and is to be refined; without, only what stands by itself is taken.
     Raises PayloadRejected (WrongModel for another model's payload) at the first byte range that can't be used.
     """
 
-    def __init__(self, expectation: Expectation, *, refines: int | None = None) -> None:
-        self._expectation, self._refines = expectation, refines
+    _refines: int | None = None
+
+    def __init__(self, expectation: Expectation) -> None:
+        self._expectation = expectation
         self._buffer = bytearray()
         self._digest = hashlib.blake2b(digest_size=FINAL_DIGEST_BYTES)
         self.header: Header | None = None
@@ -186,10 +187,14 @@ class PayloadReader:
 
 
 class BodyReader(PayloadReader):
-    """Keeps the bodies of slices as they are, checked by their digests alone."""
+    """Keeps the bodies of slices as they are, checked by their digests alone.
+
+    refines: the level of a cache that is held and is to be refined; without, only what stands by itself is taken.
+    """
 
     def __init__(self, expectation: Expectation, *, refines: int | None = None) -> None:
-        super().__init__(expectation, refines=refines)
+        super().__init__(expectation)
+        self._refines = refines
         self.bodies: list[bytes] = []
 
     def _keep(self, header: Header, body: bytes) -> None:  # noqa: ARG002

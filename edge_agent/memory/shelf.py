@@ -60,6 +60,15 @@ class Shelf:
             return other.level - one.level >= _FAR_LEVELS
         return self._kl(held) <= ADDED_LOSS * self._kl(wanted, 0.0)
 
+    def fits(self, form: Form, wanted: Recipe, *, own_tokens: int = 0) -> bool:
+        """Whether what is kept can be sent at a rung, the first own_tokens as ids."""
+        if not self.serves(rung_of(form), wanted.name):
+            return False
+        if isinstance(form, Cache):
+            return True
+        again = own_tokens > 0 and wanted.codec == "affine" and rung_of(form) == wanted.name  # in other slices
+        return not wanted.needs_mass and not again
+
     def keeps(self, held: str, wanted: str) -> bool:
         """Whether a cache kept at a rung is no worse than another rung."""
         return held == EXACT or self._kl(held) <= self._kl(wanted, 0.0)
@@ -99,16 +108,19 @@ class Shelf:
     ) -> tuple[Header, Iterator[bytes]]:
         """Header and slices of a payload, out of what is kept; form: None if only ids are sent.
 
-        What is kept at the rung itself is sent as it is, and what nests in it is shifted. Raises like exchange.to_send.
+        A whole cache that is kept at the rung itself is sent as it is, and what nests in it is shifted. Raises like
+        exchange.to_send.
         """
-        if isinstance(form, Shelved) and self._transform is not None and nests(recipe(form.rung), rung):
-            layout = rung.layout(len(self._manifest.layers), None, None) if own_tokens < len(ids) else Layout(())
-            header = payload_header(
-                self._manifest, context_id, ids, own_tokens=own_tokens, rung=rung, layout=layout, facts=facts
-            )
-            if rung.name == form.rung and not own_tokens:
-                return header, iter(form.bodies)
-            return header, bodies_for(header, form, self._transform)
+        if isinstance(form, Shelved) and own_tokens < len(ids):
+            as_it_is = rung.name == form.rung and rung.slice_tokens == form.header.slice_tokens and not own_tokens
+            if as_it_is or (self._transform is not None and nests(recipe(form.rung), rung)):
+                layout = Layout(form.header.shape.sent_layers, form.header.widths)
+                header = payload_header(
+                    self._manifest, context_id, ids, own_tokens=own_tokens, rung=rung, layout=layout, facts=facts
+                )
+                if as_it_is or self._transform is None:
+                    return header, iter(form.bodies)
+                return header, bodies_for(header, form, self._transform)
         cache = None if form is None else self.take(form)
         header, sent = to_send(self._manifest, context_id, ids, cache, own_tokens=own_tokens, rung=rung, facts=facts)
         return header, slice_bodies(header, sent, self._transform)

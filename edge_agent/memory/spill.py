@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -10,8 +11,9 @@ import threading
 from pathlib import Path
 
 from broker_config.files import write_whole
-from edge_agent.errors import AgentError, PayloadRejected
+from edge_agent.errors import PayloadRejected, RecipeInvalid, SpillFailed
 from edge_agent.kv.reader import BodyReader, Expectation
+from edge_agent.kv.recipe import recipe
 from edge_agent.kv.shelved import Shelved, as_payload, from_payload
 
 log = logging.getLogger(__name__)
@@ -23,25 +25,24 @@ _NAME = re.compile(r"[0-9a-f]{32}\.kvb")
 _HEAD_BYTES = 1 << 16
 
 
-class SpillFailed(AgentError):
-    """A cache could not be written to disk."""
-
-
 class Spill:
     """A folder of caches, at most limit_bytes of them; the longest unused make room.
 
-    What is there when it is opened is taken over if it is this model's; everything else of ours is removed. Files of
-    other names are left alone. Safe from several threads. Raises SpillFailed if the folder can't be made or read.
+    It is for one agent. What is there when it is opened is taken over if it is of this model in this weight precision;
+    everything else of ours is removed. Files of other names are left alone. Safe from several threads. Raises
+    SpillFailed if the folder can't be made or read.
     """
 
-    def __init__(self, folder: Path, limit_bytes: int, expectation: Expectation) -> None:
-        self._folder, self._limit_bytes, self._expectation = folder, limit_bytes, expectation
+    def __init__(self, folder: Path, limit_bytes: int, expectation: Expectation, weight_precision: str) -> None:
+        self._folder, self._limit_bytes = folder, limit_bytes
+        self._expectation, self._weight_precision = expectation, weight_precision
         self._lock = threading.Lock()
         self._files: dict[str, tuple[str, int]] = {}
         """Context id → rung and bytes, the longest unused first."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._take_over()
+            self._make_room(0)
         except OSError as error:
             raise SpillFailed(f"{folder} can't be used for caches: {error.strerror}") from None
 
@@ -58,14 +59,9 @@ class Spill:
         """Keep a cache. Raises SpillFailed; what was there of it is there still."""
         data, context_id = as_payload(shelved), shelved.header.context_id
         with self._lock:
-            known = self._files.get(context_id, ("", 0))[1]
             if len(data) > self._limit_bytes:
                 raise SpillFailed(f"{len(data):,} bytes are beyond the {self._limit_bytes:,} for caches on disk")
-            for other in list(self._files):
-                if self.nbytes - known + len(data) <= self._limit_bytes:
-                    break
-                if other != context_id:
-                    self._remove(other)
+            self._make_room(len(data), context_id)
             try:
                 if shutil.disk_usage(self._folder).free < len(data) + RESERVE_BYTES:
                     raise SpillFailed(f"{self._folder} has no room for a cache of {len(data):,} bytes")
@@ -83,7 +79,8 @@ class Spill:
             path = self._path(context_id)
             try:
                 shelved = self._checked(path.read_bytes(), context_id)
-                os.utime(path)
+                with contextlib.suppress(OSError):  # a disk that can only be read serves, too
+                    os.utime(path)
             except (OSError, PayloadRejected) as error:
                 log.warning("%s is dropped: %s", path, error)
                 self._remove(context_id)
@@ -103,6 +100,15 @@ class Spill:
             raise PayloadRejected("context_id", "is another than the file's name")
         return shelved
 
+    def _make_room(self, size: int, but: str = "") -> None:
+        """Remove the longest unused until so many bytes more fit, in the place of what there is of one context."""
+        known = self._files.get(but, ("", 0))[1]
+        for other in list(self._files):
+            if self.nbytes - known + size <= self._limit_bytes:
+                return
+            if other != but:
+                self._remove(other)
+
     def _path(self, context_id: str) -> Path:
         return self._folder / f"{context_id}{SUFFIX}"
 
@@ -119,22 +125,29 @@ class Spill:
             if path.name.startswith(".") and _NAME.match(path.name[1:]):  # a write that its end cut off
                 path.unlink(missing_ok=True)
             elif _NAME.fullmatch(path.name):
-                status = path.stat()
-                found.append((status.st_mtime_ns, path, status.st_size))
+                with contextlib.suppress(FileNotFoundError):  # somebody has just removed it
+                    status = path.stat()
+                    found.append((status.st_mtime_ns, path, status.st_size))
         for _, path, size in sorted(found):
             context_id = path.name.removesuffix(SUFFIX)
             try:
                 self._files[context_id] = (self._rung(path), size)
-            except (OSError, PayloadRejected) as error:
+            except (OSError, PayloadRejected, RecipeInvalid) as error:
                 log.warning("%s is dropped: %s", path, error)
                 self._remove(context_id)
 
     def _rung(self, path: Path) -> str:
-        """What a file's header says. Raises PayloadRejected for another model's."""
+        """What a file's header says. Raises PayloadRejected for another model's, RecipeInvalid for an unknown rung."""
         reader = BodyReader(self._expectation)
         with path.open("rb") as file:
             while reader.header is None and (data := file.read(_HEAD_BYTES)):
                 reader.feed(data)
-        if reader.header is None:
+        header = reader.header
+        if header is None:
             raise PayloadRejected("header", "missing")
-        return reader.header.rung
+        made = recipe(header.rung)
+        if (made.codec, made.level) != (header.codec, header.level):
+            raise PayloadRejected("rung", f"{header.rung} with codec {header.codec} at level {header.level}")
+        if header.weight_precision != self._weight_precision:
+            raise PayloadRejected("weight_precision", f"{header.weight_precision}, this is {self._weight_precision}")
+        return header.rung

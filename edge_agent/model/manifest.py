@@ -20,7 +20,7 @@ from broker_config.messages.base import Digest
 from edge_agent.errors import BundleInvalid
 from edge_agent.kv.profile import Profile
 
-MANIFEST_VERSION = 4
+MANIFEST_VERSION = 5
 MANIFEST_NAME = "manifest.json"
 
 Positive = Annotated[int, Meta(ge=1, le=2**31)]

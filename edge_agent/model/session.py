@@ -153,7 +153,10 @@ class Model:
             heads = [self.rotated(layer, keys[i : i + 1], own) for i, own in enumerate(positions)]
             return np.concatenate(heads)
         cosine, sine = angles(positions, self.frequencies(layer))
-        found: Float32 = self._rotation.run(None, {"keys": keys[None], "cos": cosine, "sin": sine})[0][0]
+        try:
+            found: Float32 = self._rotation.run(None, {"keys": keys[None], "cos": cosine, "sin": sine})[0][0]
+        except Exception as error:  # noqa: BLE001 onnxruntime raises bare types of its own
+            raise ModelFailed(f"keys could not be rotated: {str(error).splitlines()[0]}") from None
         return found
 
     def unrotated(self, layer: int, keys: Float32, positions: Int32) -> Float32:
@@ -372,7 +375,7 @@ class LiveContext:
         """Put a cache after what was read: its entry at relative position p stands at next_position + p.
 
         tokens: how many positions the context spans (default: up to its last entry); layers may have any part of them.
-        Raises ContextTooLong, MemoryShort, CacheInvalid, and ModelUnsupported for a cache this model can't hold;
+        Raises ContextTooLong, MemoryShort, CacheInvalid, ModelFailed, and ModelUnsupported for one it can't hold;
         nothing is changed then.
         """
         form = self._model.form
@@ -391,9 +394,13 @@ class LiveContext:
         if last > span:
             raise ModelUnsupported(f"a cache with an entry at position {last - 1} does not fit {span} tokens")
         self.reserve(span)
-        for index, layer in enumerate(cache.layers):
-            landing = layer.positions + np.int32(self._next_position)
-            self._buffer.write(index, self._model.rotated(index, layer.keys, landing), layer.values, landing)
+        try:
+            for index, layer in enumerate(cache.layers):
+                landing = layer.positions + np.int32(self._next_position)
+                self._buffer.write(index, self._model.rotated(index, layer.keys, landing), layer.values, landing)
+        except ModelFailed:
+            self._buffer.forget(self._next_position)
+            raise
         self._next_position += span
 
 

@@ -54,7 +54,7 @@ class Stage:
 
     async def tighten(self) -> None:
         """Give pages to FILLED until the cache of its own document has been tightened for them."""
-        await self._give_until(lambda fleet: _rung(fleet, FILLED, SENDERS[FILLED]) != EXACT)
+        await self._give_until(lambda fleet: _rung(fleet, FILLED, SENDERS[FILLED]) not in {EXACT, None})
 
     def kept(self) -> str:
         """What FILLED keeps, at which rungs."""

@@ -142,6 +142,7 @@ async def test_a_cache_that_is_not_in_memory_is_made_again(site: Site, inbox: In
     assert cache is not None
     assert equal(cache, before)
     assert (await site.send_outcome(order)).prefill_s > 0
+    await store.settled()
     assert kept(store, again.context_id) is not None
 
 
@@ -160,6 +161,7 @@ async def tightened(site: Site) -> str:
 @pytest.mark.parametrize("own", [0, 7])
 async def test_a_tightened_cache_is_sent_as_it_is_kept(site: Site, inbox: Inbox, coarser: int, own: int) -> None:
     context, before = held(site), cached(site)
+    before_speed = site.agents["pi-1"].engine.meter.speed
     level = recipe(await tightened(site)).level
     assert level is not None
     order = send_order(context, RECEIVER, rung=f"klt{level + coarser}", own_tokens=own)
@@ -172,6 +174,7 @@ async def test_a_tightened_cache_is_sent_as_it_is_kept(site: Site, inbox: Inbox,
     )
     assert payload == b"".join(encode(*sent, engine.model.transform))  # the bytes that floats would have given
     assert (await site.send_outcome(order)).prefill_s == 0
+    assert site.agents["pi-1"].engine.meter.speed == before_speed  # nothing was coded
 
 
 @pytest.mark.parametrize("rung", ["float32", "q8", "klt1", "qkvcomm-6"])
@@ -187,6 +190,7 @@ async def test_a_better_rung_than_a_cache_is_kept_at_is_computed_from_the_text(
     assert cache is not None
     assert (await site.send_outcome(order)).prefill_s > 0
     assert equal(cache, before) == (rung == "float32")
+    await site.agents["pi-1"].store.settled()
     assert site.agents["pi-1"].store.rung(held(site).context_id) == "float32"
 
 

@@ -86,7 +86,7 @@ def store(
     made = ContextStore(
         shelf(tightest_kl=tightest_kl),
         Budget(limit_bytes=int(budget_bytes), high=high, low=low, system=lambda: PLENTY),
-        Spill(folder, limit_bytes, expected()) if folder else None,
+        Spill(folder, limit_bytes, expected(), manifest().weight_precision) if folder else None,
     )
     for name in "abcdef":
         made.add(name, context_id(name), tuple(range(tokens)))

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from broker_config.messages import AnswerOutcome
+from edge_agent.errors import SpillFailed
 from edge_agent.memory import Budget
 from edge_agent.memory.budget import System
-from edge_agent.memory.spill import SpillFailed
 from edge_agent.settings import AgentSettings, MemorySettings
 from tests.edge_agent.agents import NORTH, SOUTH, MemoryAgent, Site, answer_order, part_of, running_site
 from tests.memory_bus import MemoryBroker
@@ -94,5 +94,5 @@ async def test_a_spill_folder_that_cannot_be_used_ends_the_start_with_one_line(
     (tmp_path / "file").write_text("", encoding="utf-8")
     memory = MemorySettings(spill_folder=str(tmp_path / "file"))
     agent = MemoryAgent(AgentSettings(agent=AGENT, bundle=str(tiny_bundle), memory=memory), MemoryBroker())
-    with pytest.raises(SpillFailed, match="file can't be used for caches"):
+    with pytest.raises(SpillFailed, match="can't be used for caches"):
         await agent.run()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from edge_agent.errors import SpillFailed
 from edge_agent.kv.shelved import Shelved
 from edge_agent.memory import spill
-from edge_agent.memory.spill import Spill, SpillFailed
+from edge_agent.memory.spill import Spill
 from tests.edge_agent.caches import transform_for
 from tests.edge_agent.memory.shelves import ONE, TOKENS, cache_of, context_id, expected, shelf
 
@@ -19,7 +21,7 @@ def kept(name: str, rung: str = "klt4") -> Shelved:
 
 
 def opened(folder: Path, limit_bytes: int = 1 << 30) -> Spill:
-    return Spill(folder, limit_bytes, expected())
+    return Spill(folder, limit_bytes, expected(), "fp32")
 
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
@@ -75,7 +77,7 @@ def test_the_next_run_takes_over_in_order_of_use_and_clears_up(
     (tmp_path / f".{context_id('e')}.kvb.x1").write_bytes(b"cut off")
     (tmp_path / "notes.txt").write_text("somebody's", encoding="utf-8")
     again = opened(tmp_path, 6_000)
-    assert [again.rung(context_id(name)) for name in "abcd"] == ["klt4", "klt4", "klt4", None]
+    assert [again.rung(context_id(name)) for name in "abcd"] == [None, "klt4", "klt4", None]
     assert f"{context_id('d')}.kvb is dropped" in caplog.text
     again.write(kept("f"))
     assert [again.rung(context_id(name)) for name in "abcf"] == [None, None, "klt4", "klt4"]
@@ -86,7 +88,7 @@ def test_the_next_run_takes_over_in_order_of_use_and_clears_up(
 
 def test_another_models_caches_are_cleared_away(tmp_path: Path) -> None:
     opened(tmp_path).write(kept("a"))
-    other = Spill(tmp_path, 1 << 30, expected(transform_for(ONE, seed=1)))
+    other = Spill(tmp_path, 1 << 30, expected(transform_for(ONE, seed=1)), "fp32")
     assert other.rung(context_id("a")) is None
     assert list(tmp_path.iterdir()) == []
 
@@ -125,3 +127,31 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(SpillFailed, match="can't be used for caches"):
         opened(tmp_path / "file")
+
+
+def test_a_rung_of_another_version_or_other_weights_is_not_taken_over(tmp_path: Path) -> None:
+    opened(tmp_path).write(kept("a"))
+    assert Spill(tmp_path, 1 << 30, expected(), "int8").rung(context_id("a")) is None
+    for strange in ("klx6", "klt6"):
+        shelved = kept("b")
+        opened(tmp_path).write(Shelved(msgspec.structs.replace(shelved.header, rung=strange), shelved.bodies))
+        assert opened(tmp_path).rung(context_id("b")) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_smaller_limit_holds_from_the_start(tmp_path: Path) -> None:
+    disk = opened(tmp_path)
+    for name in "abc":
+        disk.write(kept(name))
+    assert opened(tmp_path, 4_000).nbytes <= 4_000
+
+
+def test_a_disk_that_can_only_be_read_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = opened(tmp_path)
+    disk.write(kept("a"))
+
+    def read_only(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "utime", read_only)
+    assert disk.read(context_id("a")) is not None
