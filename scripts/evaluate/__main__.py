@@ -50,7 +50,8 @@ def main(
     methods: Annotated[
         str,
         typer.Option(
-            help="What is compared, with commas: text, none, or recipes (float32, fp16, q6, mix6-whole, fp16-l70, "
+            help="What is compared, with commas: text, none, others' groups (group-4, group-2, kivi-2), "
+            "or recipes (float32, fp16, q6, mix6-whole, fp16-l70, "
             "fp16-k70, qkvcomm-6, ...), each with +facts or without; `table` stands for those of the paper's table, "
             "their baselines and ours, `parts` for the steps of the paper's pipeline one by one, `codec` for the "
             "transform at every level, `eviction` for budgets of 5 to 50 % with and without backfill."

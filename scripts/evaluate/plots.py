@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import cycle
+from itertools import cycle, pairwise
+from math import ceil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 
 from scripts.evaluate.errors import EvaluationError
@@ -23,8 +25,17 @@ _CHOICE = ("choice", "right choice, %", 100.0)
 # A logarithmic axis has no 0: what is nearer to it, as an exact cache, stands here.
 _LEAST_KL = 1e-5
 _EXACT = "exact"
-_COLOURS = {"q*": "#E69F00", "mix*": "#009E73", "qkvcomm-*": "#D55E00", _EXACT: "#222222"}
-# Okabe and Ito's palette, which stays apart under the common forms of colour blindness; the first four stand above.
+_COLOURS = {
+    "klt*": "#0072B2",
+    "q*": "#E69F00",
+    "mix*": "#009E73",
+    "mix*-whole": "#009E73",
+    "qkvcomm-*": "#D55E00",
+    "group-*": "#CC79A7",
+    "kivi-*": "#7A6A00",
+    _EXACT: "#222222",
+}
+# Okabe and Ito's palette, which stays apart under the common forms of colour blindness; most of it stands above.
 FURTHER = ("#0072B2", "#CC79A7", "#56B4E9", "#7A6A00", "#5B3FA0", "#777777")
 MARKERS = ("s", "D", "^", "o", "v", "P", "X", "<", ">", "h")
 _BITS = (0.25, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -46,8 +57,11 @@ class Label(Struct, frozen=True):
 
 
 class _Style(Struct, frozen=True):
+    """filled: without it, hollow and dashed, as facts and backfill are beside the same without."""
+
     colour: str
     marker: str
+    filled: bool = True
 
 
 class _Point(Struct, frozen=True):
@@ -64,7 +78,10 @@ def rate_quality(rows: Sequence[Row], path: Path) -> None:
     """A column for each data set; KL, agreement and F1 (of multiple choice the share of right choices) over bits per
     element; the file's ending says its format.
 
-    Methods of a family are joined by a line, dashed and hollow with facts; those that send no cache are levels.
+    Methods of a family are joined by a line, dashed and hollow with facts or backfill; those that send no cache are
+    levels. Rows of a data set may be of several runs and of different numbers of its items: the legend names those of
+    fewer, and the last panel leaves them out, for scores hang on which items were asked; the others are against the
+    uncompressed run of the same item.
     Raises EvaluationError if there is nothing to draw or the file can't be written.
     """
     datasets = list(dict.fromkeys(row.dataset for row in rows))
@@ -74,7 +91,7 @@ def rate_quality(rows: Sequence[Row], path: Path) -> None:
     figure, axes = plt.subplots(
         len(_PANELS),
         len(datasets),
-        figsize=(1.4 + 4.6 * len(datasets), 12.5),
+        figsize=(max(8.5, 1.4 + 4.6 * len(datasets)), 12.5),
         height_ratios=(1.4, 1.2, 1),
         layout="constrained",
         sharex="col",
@@ -85,20 +102,22 @@ def rate_quality(rows: Sequence[Row], path: Path) -> None:
     with saving(figure, path):
         titles = [""] * len(_PANELS)
         for column, (dataset, own) in enumerate(zip(datasets, by_dataset, strict=True)):
-            axes[0][column].set_title(f"{dataset}, {own[0].items} items", fontsize=10, loc="left")
+            most = max(row.items for row in own)
+            axes[0][column].set_title(f"{dataset}, {most} items", fontsize=10, loc="left")
             axes[-1][column].set_xlabel("bits per element", fontsize=9)
             for place, (metric, title, scale) in enumerate(_panels(own)):
                 panel = axes[place][column]
                 panel.set_ylabel(title if title != titles[place] else "", fontsize=9)
                 titles[place] = title
-                _draw(panel, own, styles, metric, scale)
+                last = panel is axes[-1][column]
+                _draw(panel, [row for row in own if row.items == most or not last], styles, metric, scale)
         _legend(figure, rows, styles)
         figure.draw_without_rendering()
         for column, own in enumerate(by_dataset):
             # The last panel's intervals leave no room for names, and the markers are those above.
             for panel, (metric, _, scale) in zip(axes[:-1, column], _panels(own)[:-1], strict=True):
                 points = list(_points(own, metric, scale))
-                label(panel, _labels(points, styles), [(each.x, each.y) for each in points])
+                label(panel, _labels(points, styles), [(each.x, each.y) for each in points], _lines(panel))
 
 
 def pyplot() -> Any:
@@ -149,11 +168,21 @@ def _is_level(method: str) -> bool:
     return method.removesuffix(FACTS) in _BASELINES
 
 
+def _unfilled(name: str) -> str:
+    """The same without backfill."""
+    return re.sub(r"-b\d+$", "", name)
+
+
 def _styles(rows: Sequence[Row]) -> dict[str, _Style]:
     names = list(dict.fromkeys(family(row.method) for row in rows if not _is_level(row.method)))
     names.sort(key=lambda name: name not in _COLOURS)
-    further, markers = cycle(FURTHER), cycle(MARKERS)
-    return {name: _Style(_COLOURS.get(name) or next(further), next(markers)) for name in names}
+    taken = {_COLOURS.get(name) for name in names}
+    further, markers = cycle([each for each in FURTHER if each not in taken] or FURTHER), cycle(MARKERS)
+    styles = {
+        name: _Style(_COLOURS.get(name) or next(further), next(markers))
+        for name in dict.fromkeys(map(_unfilled, names))
+    }
+    return {name: msgspec.structs.replace(styles[_unfilled(name)], filled=name == _unfilled(name)) for name in names}
 
 
 def _points(rows: Sequence[Row], metric: str, scale: float) -> Iterator[_Point]:
@@ -180,8 +209,8 @@ def _draw(panel: Any, rows: Sequence[Row], styles: dict[str, _Style], metric: st
                 color=style.colour,
                 marker=style.marker,
                 markersize=5,
-                markerfacecolor="white" if facts else style.colour,
-                linestyle="--" if facts else "-",
+                markerfacecolor=style.colour if style.filled and not facts else "white",
+                linestyle="-" if style.filled and not facts else "--",
                 linewidth=1,
                 elinewidth=0.6,
                 ecolor=(style.colour, 0.55),
@@ -222,7 +251,17 @@ def _legend(figure: Any, rows: Sequence[Row], styles: dict[str, _Style]) -> None
     from matplotlib.lines import Line2D  # noqa: PLC0415
 
     handles = [
-        Line2D([], [], color=style.colour, marker=style.marker, markersize=5, linewidth=1, label=name)
+        Line2D(
+            [],
+            [],
+            color=style.colour,
+            marker=style.marker,
+            markersize=5,
+            markerfacecolor=style.colour if style.filled else "white",
+            linestyle="-" if style.filled else "--",
+            linewidth=1,
+            label=f"{name}{_fewer(name, rows)}",
+        )
         for name, style in styles.items()
     ]
     if any(row.method.endswith(FACTS) and not _is_level(row.method) for row in rows):
@@ -237,13 +276,22 @@ def _legend(figure: Any, rows: Sequence[Row], styles: dict[str, _Style]) -> None
     figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
 
 
+def _fewer(name: str, rows: Sequence[Row]) -> str:
+    """Of how many items a family is, if others on its data sets are of more."""
+    most = {row.dataset: max(other.items for other in rows if other.dataset == row.dataset) for row in rows}
+    own = [row for row in rows if family(row.method) == name]
+    if all(row.items == most[row.dataset] for row in own):
+        return ""
+    return f", {min(row.items for row in own)} items"
+
+
 def _labels(points: Sequence[_Point], styles: dict[str, _Style]) -> list[Label]:
-    """The methods' names; a method with facts needs none beside itself."""
+    """The methods' names; one with facts or backfill needs none beside itself."""
     drawn = {each.method for each in points}
     return [
         Label(each.method, each.x, each.y, styles[family(each.method)].colour)
         for each in points
-        if not each.method.endswith(FACTS) or each.method.removesuffix(FACTS) not in drawn
+        if (plain := _unfilled(each.method.removesuffix(FACTS))) == each.method or plain not in drawn
     ]
 
 
@@ -253,33 +301,54 @@ def label(
     points: Sequence[tuple[float, float]],
     bars: Sequence[tuple[float, float, float, float]] = (),
 ) -> None:
-    """Texts beside their markers, covering neither a text nor any of the markers at `points`.
+    """Texts beside their markers, covering neither a text with what leads to it nor any of the markers at `points`.
 
-    bars: of intervals, x, y, x, y of their ends, which are kept free where there is room. The figure must have been
-    laid out before.
+    bars: of intervals and curves, x, y, x, y of their ends, which are kept free where there is room. The figure must
+    have been laid out before.
     """
     pixels = panel.transData.transform(list(points)) if points else []
-    taken: list[tuple[float, ...]] = [(x - 5, y - 5, x + 5, y + 5) for x, y in pixels]
+    markers: list[tuple[float, ...]] = [(x - 5, y - 5, x + 5, y + 5) for x, y in pixels]
     ends = panel.transData.transform([(x, y) for bar in bars for x, y in (bar[:2], bar[2:])]) if bars else []
-    lines = [
-        (min(x, u) - 1, min(y, v) - 1, max(x, u) + 1, max(y, v) + 1)
-        for (x, y), (u, v) in zip(ends[::2], ends[1::2], strict=True)
-    ]
+    lines = [box for one, other in zip(ends[::2], ends[1::2], strict=True) for box in _along(one, other)]
+    texts: list[tuple[float, ...]] = []
     for each in sorted(labels, key=lambda each: each.x):
-        box = _placed(panel, each, [*taken, *lines]) or (_placed(panel, each, taken) if lines else None)
-        if box is None:
+        found = _placed(panel, each, [*markers, *lines], texts) or _placed(panel, each, markers, texts)
+        if not found:
             panel.annotate(each.text, (each.x, each.y), (4, 4), textcoords="offset points", fontsize=7)
-        else:
-            taken.append(box)
+        texts += found
 
 
-def _placed(panel: Any, label: Label, taken: Sequence[tuple[float, ...]]) -> tuple[float, ...] | None:
-    """The box in pixels where a label was put within the panel and off all that is taken; None if there is none."""
+def _along(one: Sequence[float], other: Sequence[float]) -> Iterator[tuple[float, ...]]:
+    """Boxes in pixels that cover a line and little beside it."""
+    (x, y), (u, v) = one, other
+    pieces = max(1, ceil(min(abs(u - x), abs(v - y)) / 4))
+    for at in range(pieces):
+        a, b, c, d = (low + (high - low) * (at + end) / pieces for end in (0, 1) for low, high in ((x, u), (y, v)))
+        yield min(a, c) - 1, min(b, d) - 1, max(a, c) + 1, max(b, d) + 1
+
+
+def _lines(panel: Any) -> list[tuple[float, float, float, float]]:
+    """The ends of all lines that are drawn in a panel: pieces of curves, levels and intervals."""
+    lines = [line for line in panel.lines if line.get_linestyle() != "None"]
+    paths = [line.get_transform().transform(line.get_xydata()) for line in lines]
+    paths += [panel.transData.transform(part) for bars in panel.collections for part in bars.get_segments()]
+    back = panel.transData.inverted()
+    return [(*one, *other) for path in paths if len(path) for one, other in pairwise(back.transform(path).tolist())]
+
+
+def _placed(
+    panel: Any, label: Label, taken: Sequence[tuple[float, ...]], texts: Sequence[tuple[float, ...]]
+) -> list[tuple[float, ...]]:
+    """The boxes in pixels of a label and of the line that leads to it, where both were put within the panel, the label
+    off all that is taken and both off other texts; none if there is no such place.
+    """
     from matplotlib.patheffects import withStroke  # noqa: PLC0415
     from matplotlib.text import Text  # noqa: PLC0415
 
     renderer, bounds = panel.figure.canvas.get_renderer(), panel.get_window_extent()
+    marker, point = panel.transData.transform((label.x, label.y)), panel.figure.dpi / 72
     for x, y, horizontal, vertical in _PLACES:
+        led = max(x, y, -x, -y) > 9
         name = panel.annotate(
             label.text,
             (label.x, label.y),
@@ -290,15 +359,17 @@ def _placed(panel: Any, label: Label, taken: Sequence[tuple[float, ...]]) -> tup
             fontsize=7,
             color=label.colour,
             path_effects=[withStroke(linewidth=1.5, foreground="white")],
-            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "#999999"} if max(x, y, -x, -y) > 9 else None,
+            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "#999999"} if led else None,
         )
         name.update_positions(renderer)
         box = tuple(Text.get_window_extent(name, renderer).extents)  # without the arrow
+        leader = list(_along(marker, (marker[0] + x * point, marker[1] + y * point))) if led else []
         inside = bounds.x0 <= box[0] and box[2] <= bounds.x1 and bounds.y0 <= box[1] and box[3] <= bounds.y1
-        if inside and not any(_overlap(box, other) for other in taken):
-            return box
+        free = not any(_overlap(box, other) for other in (*taken, *texts))
+        if inside and free and not any(_overlap(part, other) for part in leader for other in texts):
+            return [box, *leader]
         name.remove()
-    return None
+    return []
 
 
 def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,8 @@ from scripts.evaluate.items import Item
 from scripts.evaluate.method import Method
 from scripts.evaluate.records import Record
 from scripts.evaluate.score import completeness, exact_match, token_f1
+from scripts.peers.method import Method as Codec
+from scripts.peers.method import rung_method
 
 ANSWER_POSITIONS = 20
 """Tokens of an answer at most, its end included."""
@@ -131,7 +134,7 @@ class Pair:
             agreement=relay.agreeing(reference.log_p, log_q) / reference.positions,
             positions=reference.positions,
             context_tokens=case.cache.entries,
-            elements=case.cache.elements if method.recipe is not None else 0,
+            elements=case.cache.elements if method.cache else 0,
             payload_bytes=given.payload_bytes,
             fp16_bytes=FP16_BYTES * case.cache.elements,
             facts_tokens=len(facts_ids),
@@ -143,20 +146,31 @@ class Pair:
         )
 
     def _give(self, case: Case, method: Method) -> _Given:
-        start = time.perf_counter()
         facts = case.facts if method.facts else ()
         if method.recipe is not None:
-            payload = relay.sent(self._sender, case.cache, method.recipe, facts=facts)
-            encoded = time.perf_counter()
-            live = self._placed(case, payload)
-            decode_s = time.perf_counter() - encoded
-            return _Given(live, len(payload), encode_s=encoded - start, decode_s=decode_s)
+            return self._send(case, rung_method(self._sender, method.recipe, facts=facts))
+        if method.peer is not None:
+            return self._send(case, method.peer, facts_bytes=self._facts_bytes(facts))
+        start = time.perf_counter()
         live = self._prefix.fork(room=len(case.ids))
         if not method.text:
-            return _Given(live, self._bytes_without_entries([], facts) if facts else 0)
+            return _Given(live, self._facts_bytes(facts))
         live.prefill(case.ids)
         context_s = time.perf_counter() - start
         return _Given(live, self._bytes_without_entries(case.ids, facts), context_s=context_s)
+
+    def _send(self, case: Case, codec: Codec[Any], *, facts_bytes: int = 0) -> _Given:
+        """The cache, through a codec. facts_bytes: of facts that travel beside what it makes."""
+        start = time.perf_counter()
+        sent = codec.encode(case.cache)
+        encoded = time.perf_counter()
+        live = self._placed(case, codec.decode(sent))
+        decode_s = time.perf_counter() - encoded
+        return _Given(live, codec.nbytes(sent) + facts_bytes, encode_s=encoded - start, decode_s=decode_s)
+
+    def _facts_bytes(self, facts: Sequence[Fact]) -> int:
+        """Size of a payload that carries nothing but facts; 0 if there are none."""
+        return self._bytes_without_entries([], facts) if facts else 0
 
     def _bytes_without_entries(self, ids: Sequence[int], facts: Sequence[Fact]) -> int:
         """Size of a payload that carries a context as token ids, or nothing but facts."""
@@ -165,9 +179,8 @@ class Pair:
         header, nothing = to_send(manifest, "0" * 32, ids, None, own_tokens=len(ids), rung=rung, facts=facts)
         return len(b"".join(encode(header, nothing)))
 
-    def _placed(self, case: Case, payload: bytes) -> LiveContext:
+    def _placed(self, case: Case, cache: Cache) -> LiveContext:
         """The receiver with the received cache behind its prefix."""
-        cache = relay.received(self._sender, payload)[1]
         if self._calibration is not None:
             cache = apply(cache, self._calibration)
         return relay.behind(self._prefix, cache, case.cache.entries)

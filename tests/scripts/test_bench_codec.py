@@ -9,25 +9,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from edge_agent.errors import CacheInvalid, RecipeInvalid
-from edge_agent.kv.cache import Cache, Float32, concatenate
+from edge_agent.errors import RecipeInvalid
+from edge_agent.kv.cache import Cache, concatenate
 from edge_agent.kv.recipe import recipe
 from scripts import relay
 from scripts.bench.codec import run
-from scripts.bench.codec.groups import GROUP, Along, Grouped, dequantize, grouped, quantize
 from scripts.bench.codec.measured import CodecBench, CodecRow, Loss, StageRow
-from scripts.bench.codec.method import Method, assembled, tensors
 from scripts.bench.codec.peers import CACHEGEN, Peers, makers, peers, zstd
 from scripts.bench.codec.quantized import Backend, Kept, quantized_cache
 from scripts.bench.codec.report import sections
 from scripts.bench.codec.stages import stages_of
 from scripts.bench.measure import Timed
+from scripts.peers.method import Method, assembled, tensors
+from tests.scripts.caches import random_cache, random_tensor
 
 TEXTS = ["The pump of the north tank stopped at noon because its filter was full of sand. "] * 40
-ALONG: tuple[Along, ...] = ("tokens", "channels")
 
 
 @pytest.fixture(scope="module")
@@ -35,88 +32,12 @@ def subject(tiny_bundle: Path) -> run.Subject:
     return run.read(tiny_bundle, TEXTS, threads=1)
 
 
-def _tensor(seed: int, heads: int = 2, tokens: int = 64, channels: int = 32) -> Float32:
-    made = np.random.default_rng(seed).normal(scale=3, size=(heads, tokens, channels)) + seed
-    return made.astype(np.float32)
-
-
-def _cache(seed: int = 0, layers: int = 2, **shape: int) -> Cache:
-    return assembled([_tensor(seed + at, **shape) for at in range(2 * layers)])
-
-
-def _by_definition(x: Float32, sent: Grouped) -> np.ndarray:
-    """Element by element in float64, by the scales and minima as stored, once those are the groups'."""
-    lines = (x.swapaxes(1, 2) if sent.along == "tokens" else x).astype(np.float64)
-    scales, minima = (stored.astype(np.float64).reshape(*lines.shape[:2], -1) for stored in (sent.scales, sent.minima))
-    out = np.empty_like(lines)
-    for at in np.ndindex(*scales.shape):
-        place = (*at[:2], slice(at[2] * GROUP, (at[2] + 1) * GROUP))
-        group, low, step = lines[place], minima[at], scales[at]
-        assert low == pytest.approx(group.min(), rel=2**-10)
-        assert step == pytest.approx((group.max() - group.min()) / (2**sent.bits - 1), rel=2**-10, abs=1e-6)
-        out[place] = low + step * np.clip(np.round((group - low) / (step or 1.0)), 0, 2**sent.bits - 1)
-    return out.swapaxes(1, 2) if sent.along == "tokens" else out
-
-
-# Groups
-
-
-@given(
-    seed=st.integers(0, 99),
-    bits=st.sampled_from((2, 3, 4, 8)),
-    along=st.sampled_from(ALONG),
-    tokens=st.integers(1, 70),
-    channels=st.integers(1, 70),
-)
-def test_groups_are_quantized_as_defined(seed: int, bits: int, along: Along, tokens: int, channels: int) -> None:
-    x = _tensor(seed, tokens=tokens, channels=channels)
-    sent = quantize(x, bits, along)
-    found, wanted = dequantize(sent), _by_definition(x, sent)
-    assert found.shape == x.shape
-    assert found.dtype == np.float32
-    off = np.abs(found - wanted) > 1e-4  # float32 may round a code that is almost halfway to the other side
-    assert off.sum() <= 1 + off.size / 100
-    assert np.abs(found - x).max() <= 0.51 * (x.max() - x.min()) / (2**bits - 1) + np.abs(x).max() / 1000
-
-
-@given(bits=st.integers(1, 8), along=st.sampled_from(ALONG))
-def test_every_byte_of_scales_and_minima_is_counted(bits: int, along: Along) -> None:
-    x = _tensor(1)
-    sent = quantize(x, bits, along)
-    assert 8 * sent.nbytes / x.size == bits + 2 * 16 / GROUP
-    assert sent.nbytes == len(sent.codes) + len(sent.scales.tobytes()) + len(sent.minima.tobytes())
-
-
-@pytest.mark.parametrize("along", ALONG)
-def test_what_differs_from_group_to_group_alone_costs_nothing(along: Along) -> None:
-    axis = 1 + ALONG.index(along)
-    shape = [2, 64, 32]
-    shape[axis] = 1
-    level = np.random.default_rng(3).integers(-500, 500, size=shape).astype(np.float32)
-    x = np.ascontiguousarray(np.broadcast_to(level, (2, 64, 32)))
-    assert np.array_equal(dequantize(quantize(x, 2, along)), x)
-
-
-def test_kivi_groups_keys_along_tokens_and_values_along_channels() -> None:
-    method = grouped("KIVI", bits=2, keys="tokens")
-    assert [each.along for each in method.encode(_cache())] == ["tokens", "channels"] * 2
-    assert [each.along for each in grouped("llama.cpp", bits=4).encode(_cache())] == ["channels"] * 4
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e6])
-def test_what_fp16_does_not_hold_is_refused(bad: float) -> None:
-    x = _tensor(0)
-    x[1, 2, 3] = bad
-    with pytest.raises(CacheInvalid):
-        quantize(x, 4, "channels")
-
-
-# Other peers
+# Peers
 
 
 def test_zstd_gives_back_half_precision() -> None:
     pytest.importorskip("zstandard")
-    method, cache = zstd("fp16 + zstd"), _cache()
+    method, cache = zstd("fp16 + zstd"), random_cache()
     sent = method.encode(cache)
     assert method.nbytes(sent) == len(sent)
     for one, two in zip(tensors(cache), tensors(method.decode(sent)), strict=True):
@@ -130,7 +51,7 @@ def test_a_quantized_cache_gives_back_what_its_bits_allow(backend: Backend, bits
     if backend == "quanto":
         pytest.importorskip("optimum.quanto")
     method = quantized_cache(backend, backend=backend, bits=bits, threads=1)
-    cache = _cache(channels=64)
+    cache = random_cache(channels=64)
     sent = method.encode(cache)
     assert 8 * method.nbytes(sent) / cache.elements == bits + 2 * 16 / 64
     for _ in range(2):  # reading changes nothing
@@ -182,12 +103,12 @@ def _broken(name: str) -> Method[Any]:
     def encode(cache: Cache) -> bytes:
         raise RuntimeError("")
 
-    return Method(name, encode, lambda sent: _cache(), len)
+    return Method(name, encode, lambda sent: random_cache(), len)
 
 
 def test_a_peer_that_does_not_work_here_is_named_and_the_others_stay() -> None:
     made: dict[str, Callable[[str], Method[Any]]] = {"one": _missing, "two": makers(1)["groups of 32, 4 bits"]}
-    found = peers(_cache(), made | {"three": _broken})
+    found = peers(random_cache(), made | {"three": _broken})
     assert [method.name for method in found.methods] == ["two"]
     assert [str(absent) for absent in found.absent[:2]] == ["one: one is not installed", "three: RuntimeError"]
     assert found.absent[2:] == (CACHEGEN,)
@@ -258,7 +179,7 @@ def test_the_bench_measures_every_rung_and_peer(subject: run.Subject) -> None:
 
 def test_loss_of_the_same_cache_is_nothing_and_of_another_much(subject: run.Subject) -> None:
     assert run.loss(subject, subject.cache).kl == pytest.approx(0, abs=1e-9)
-    noise = assembled([_tensor(at, *array.shape) for at, array in enumerate(tensors(subject.cache))])
+    noise = assembled([random_tensor(at, *array.shape) for at, array in enumerate(tensors(subject.cache))])
     assert run.loss(subject, noise).kl > 0.1
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation, Text
 
 from scripts.evaluate.errors import EvaluationError
 from scripts.evaluate.plots import family, rate_quality
@@ -28,6 +33,20 @@ RECORDS = [
     for method in METHODS
     for item in range(5)
 ]
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The pictures that are saved."""
+    found: list[Figure] = []
+    save = Figure.savefig
+
+    def savefig(figure: Figure, *arguments: Any, **options: Any) -> None:
+        save(figure, *arguments, **options)
+        found.append(figure)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return found
 
 
 @pytest.mark.parametrize(("ending", "begins"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
@@ -92,3 +111,45 @@ def test_multiple_choice_shows_its_choices_where_others_show_f1(tmp_path: Path, 
     rate_quality(rows([*RECORDS, *chosen], methods), tmp_path / "rate.png")
     assert {"F1, %", "right choice, %", "arc, 5 items"} <= set(texts)
     assert texts.count("agreement") == 1
+
+
+def test_of_fewer_items_is_said_and_not_drawn_where_scores_hang_on_the_items(
+    tmp_path: Path, figures: list[Figure]
+) -> None:
+    own = [each for each in RECORDS if each.dataset == "squad"]
+    fewer = rows([each for each in own if int(each.item) < 3], ["qkvcomm-6"])
+    rate_quality([*fewer, *rows(own, ["text", "q8", "q4"])], tmp_path / "rate.png")
+    texts = {text.get_text() for text in figures[0].findobj(Text)}
+    assert {"squad, 5 items", "qkvcomm-*, 3 items", "q*"} <= texts
+    drawn = [set(np.concatenate([line.get_xdata() for line in panel.lines]).tolist()) for panel in figures[0].axes]
+    assert [4.2 in each for each in drawn] == [True, True, False]
+    assert all({4.0, 8.0} <= each for each in drawn)
+
+
+def test_backfill_is_hollow_in_the_colour_of_the_same_without(tmp_path: Path, figures: list[Figure]) -> None:
+    methods = ["fp16-e50", "fp16-e30", "fp16-e50-b4", "fp16-e30-b4", "fp16-h50-b2"]
+    rate_quality(rows([record(method=method) for method in methods], methods), tmp_path / "rate.png")
+    texts = [text.get_text() for text in figures[0].findobj(Annotation)]
+    assert sorted(texts) == sorted(2 * ["fp16-e50", "fp16-e30", "fp16-h50-b2"])
+    curves = {line.get_label(): line for line in figures[0].legends[0].get_lines()}
+    plain, filled, other = (curves[name] for name in ("fp16-e*", "fp16-e*-b4", "fp16-h*-b2"))
+    assert plain.get_color() == filled.get_color() != other.get_color()
+    assert (plain.get_linestyle(), filled.get_linestyle(), other.get_linestyle()) == ("-", "--", "--")
+
+
+def test_names_and_what_leads_to_them_keep_off_other_names(tmp_path: Path, figures: list[Figure]) -> None:
+    methods = [f"{kind}{number}" for kind in ("q", "klt", "group-") for number in range(1, 8)]
+    found = [
+        record(method=method, kl=0.01 + at / 400, agreement=0.9 - at / 300, payload_bytes=500 + 7 * at)
+        for at, method in enumerate(methods)
+    ]
+    rate_quality(rows(found, methods), tmp_path / "rate.png")
+    for panel in figures[0].axes[:2]:
+        names = panel.findobj(Annotation)
+        boxes = [Text.get_window_extent(name) for name in names]
+        assert len(boxes) == len(methods)
+        assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+        for name, box in zip(names, boxes, strict=True):
+            if name.arrow_patch is not None:
+                path = name.arrow_patch.get_path().transformed(name.arrow_patch.get_transform())
+                assert not any(path.intersects_bbox(other, filled=False) for other in boxes if other is not box)

@@ -19,10 +19,11 @@ from scripts import relay
 from scripts.calibrate.pair import calibrate
 from scripts.evaluate.errors import JobLost, MethodUnknown
 from scripts.evaluate.items import Item
-from scripts.evaluate.method import GROUPS, Method, method, named
+from scripts.evaluate.method import GROUPS, PEERS, Method, method, named
 from scripts.evaluate.records import Record, Results
 from scripts.evaluate.relayed import ANSWER_POSITIONS, Case, Pair
 from scripts.evaluate.run import Done, evaluate, left
+from scripts.peers.method import Method as Codec
 from tests import tiny
 
 ITEMS = (
@@ -41,7 +42,7 @@ ITEMS = (
         answers=(),
     ),
 )
-METHODS = ("text", "none", "none+facts", "float32", "q4", "fp16-l50", "qkvcomm-6+facts")
+METHODS = ("text", "none", "none+facts", "float32", "q4", "fp16-l50", "qkvcomm-6+facts", "group-4", "kivi-2+facts")
 TIMES = ("encode_s", "decode_s", "context_s", "answer_s")
 
 
@@ -103,7 +104,7 @@ def test_bytes_count_everything_and_elements_are_those_of_the_whole_cache(
     pair = maker(tiny_bundle)()
     case = pair.case(ITEMS[0])
     whole = 2 * tiny.LAYERS * tiny.KV_HEADS * tiny.HEAD_DIM * case.cache.entries
-    for name in ("float32", "q4", "fp16-l50", "qkvcomm-6+facts"):
+    for name in ("float32", "q4", "fp16-l50", "qkvcomm-6+facts", "group-4", "kivi-2+facts"):
         record = records["pump", name]
         assert (record.elements, record.fp16_bytes) == (whole, 2 * whole)
         assert record.context_tokens == case.cache.entries
@@ -115,6 +116,27 @@ def test_bytes_count_everything_and_elements_are_those_of_the_whole_cache(
     assert records["pump", "none"].payload_bytes == 0
     for name in ("text", "none", "none+facts"):
         assert (records["pump", name].elements, records["pump", name].fp16_bytes) == (0, 2 * whole)
+
+
+def test_a_peers_bytes_are_its_codes_scales_and_minima_and_facts_come_on_top(
+    records: dict[tuple[str, str], Record], tiny_bundle: Path
+) -> None:
+    cache = maker(tiny_bundle)().case(ITEMS[0]).cache
+    sizes = {name: peer.nbytes(peer.encode(cache)) for name, peer in PEERS.items()}
+    assert records["pump", "group-4"].payload_bytes == sizes["group-4"]
+    facts_bytes = records["pump", "none+facts"].payload_bytes
+    assert records["pump", "kivi-2+facts"].payload_bytes == sizes["kivi-2"] + facts_bytes
+
+
+def test_the_receiver_has_what_a_peer_gives_back(tiny_bundle: Path) -> None:
+    pair = maker(tiny_bundle)()
+    case = pair.case(ITEMS[0])
+    whole = Codec("whole", encode=lambda cache: cache, decode=lambda cache: cache, nbytes=lambda _: 5)
+    record = pair.ask(case, Method(whole.name, None, facts=False, peer=whole))
+    assert record.kl < 1e-8
+    assert record.payload_bytes == 5
+    fine, coarse = (pair.ask(case, method(name)) for name in ("group-4", "group-2"))
+    assert record.kl < fine.kl < coarse.kl
 
 
 def test_facts_are_read_before_the_question_and_change_what_is_said(records: dict[tuple[str, str], Record]) -> None:
@@ -231,17 +253,20 @@ def test_another_models_cache_comes_through_its_calibration(
     assert cache.payload_bytes > 0
 
 
-@pytest.mark.parametrize("name", named("table,parts"))
+@pytest.mark.parametrize("name", named("table,parts,codec,kivi-2+facts"))
 def test_the_usual_methods_are_known(name: str) -> None:
     found = method(name)
+    what = name.removesuffix("+facts")
     assert found.name == name
     assert found.facts == name.endswith("+facts")
-    assert found.recipe is None or found.recipe == recipe(name.removesuffix("+facts"))
+    assert found.recipe is None or found.recipe == recipe(what)
+    assert found.peer == PEERS.get(what)
+    assert found.cache == (what not in {"text", "none"})
 
 
-@pytest.mark.parametrize("name", ["", "q9", "facts", "text+fact", "+facts", "qkvcomm-5.5"])
+@pytest.mark.parametrize("name", ["", "q9", "facts", "text+fact", "+facts", "qkvcomm-5.5", "group-3"])
 def test_an_unknown_method_is_refused_with_what_there_is(name: str) -> None:
-    with pytest.raises(MethodUnknown, match="text and none"):
+    with pytest.raises(MethodUnknown, match="group-4, group-2, kivi-2, text and none"):
         method(name)
 
 

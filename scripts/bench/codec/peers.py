@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from edge_agent.kv.cache import Cache
-from scripts.bench.codec.groups import GROUP, grouped
-from scripts.bench.codec.method import Method, assembled, tensors
 from scripts.bench.codec.quantized import quantized_cache
 from scripts.bench.runtime.measured import Absent
+from scripts.peers.groups import GROUP, grouped
+from scripts.peers.method import Method, assembled, tensors
 
 ZSTD_LEVEL = 3
 

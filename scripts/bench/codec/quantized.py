@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from edge_agent.kv.cache import Cache
-from scripts.bench.codec.method import Method, assembled
+from scripts.peers.method import Method, assembled
 
 Backend = Literal["quanto", "hqq"]
 _BACKENDS: dict[Backend, tuple[str, str]] = {"quanto": ("optimum.quanto", "optimum-quanto"), "hqq": ("hqq", "hqq")}

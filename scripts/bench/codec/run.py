@@ -15,10 +15,10 @@ from edge_agent.model.session import LiveContext, Model, Runtime
 from edge_agent.model.text import Text
 from scripts import relay
 from scripts.bench.codec.measured import CodecBench, CodecRow, Loss, StageRow
-from scripts.bench.codec.method import Method, rung_method
 from scripts.bench.codec.peers import Peers
 from scripts.bench.codec.stages import stages_of
 from scripts.bench.measure import Timed, in_turn
+from scripts.peers.method import Method, rung_method
 from scripts.prepare_model.answered import MAX_ANSWER_POSITIONS, QUESTIONS
 
 TOKENS = 512

@@ -15,7 +15,7 @@ from edge_agent.kv import bitpack, coded, quantize
 from edge_agent.kv.cache import Cache
 from edge_agent.kv.recipe import Recipe
 from edge_agent.kv.transform import Transform
-from scripts.bench.codec.method import assembled, tensors
+from scripts.peers.method import assembled, tensors
 
 QUANTIZE, PACK, UNPACK, DEQUANTIZE = "quantize", "pack", "unpack", "dequantize"
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from edge_agent.errors import CacheInvalid
 from edge_agent.kv.bitpack import pack, unpack
 from edge_agent.kv.cache import Cache, Float32
-from scripts.bench.codec.method import Method, assembled, tensors
+from scripts.peers.method import Method, assembled, tensors
 
 GROUP = 32
 Along = Literal["tokens", "channels"]

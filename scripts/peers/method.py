@@ -1,4 +1,4 @@
-"""One way to send a cache, whoever it is from: what the codec's bench measures of each."""
+"""One way to send a cache, whoever it is from: what can be measured of each alike."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from edge_agent.facts import Fact
 from edge_agent.kv.cache import Cache, Float32, Layer
 from edge_agent.kv.recipe import Recipe
 from edge_agent.model.session import Model
@@ -30,11 +31,11 @@ class Method(Generic[Sent]):
     packages: tuple[str, ...] = ()
 
 
-def rung_method(model: Model, rung: Recipe) -> Method[bytes]:
+def rung_method(model: Model, rung: Recipe, *, facts: Sequence[Fact] = ()) -> Method[bytes]:
     """A rung, as the bytes of its whole payload."""
     return Method(
         rung.name,
-        encode=lambda cache: relay.sent(model, cache, rung),
+        encode=lambda cache: relay.sent(model, cache, rung, facts=facts),
         decode=lambda payload: relay.received(model, payload)[1],
         nbytes=len,
     )
