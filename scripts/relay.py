@@ -117,6 +117,12 @@ def along(live: LiveContext, last: int, answer: Sequence[int]) -> Float64:
     return log_p
 
 
+def along_behind(prefix: LiveContext, cache: Cache, reference: Reference) -> Float64:
+    """Log-probabilities along a reference's answer, like its own, of a receiver that has `cache` for its context."""
+    live = behind(prefix, cache, reference.cache.entries, room=reference.room)
+    return along(live, read_question(live, reference.question), reference.answer)
+
+
 def sent(model: Model, cache: Cache, rung: Recipe, *, facts: Sequence[Fact] = ()) -> bytes:
     """The payload of a whole cache."""
     ids = [0] * cache.entries  # only their number is on such a payload

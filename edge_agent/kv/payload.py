@@ -177,7 +177,7 @@ def pack_ids(ids: list[int], id_bytes: int) -> bytes:
     return np.asarray(ids, dtype=f"<u{id_bytes}").tobytes()
 
 
-def kept_entries(cache: Cache, *, own_tokens: int, tokens: int, layers: tuple[int, ...]) -> Kept:
+def kept_of(cache: Cache, *, own_tokens: int, tokens: int, layers: tuple[int, ...]) -> Kept:
     """What a header says of a cache of which entries were evicted: as many in each of these layers and each head."""
     by_head = any(cache.layers[layer].positions.ndim > 1 for layer in layers)
     rows = [row for layer in layers for row in np.atleast_2d(cache.layers[layer].positions)]

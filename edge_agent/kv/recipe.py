@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 from edge_agent.errors import RecipeInvalid
@@ -121,6 +122,7 @@ class Recipe:
         return figures
 
 
+@lru_cache(maxsize=256)
 def recipe(name: str) -> Recipe:
     """The recipe of a rung's name (see above). Raises RecipeInvalid for any other."""
     less = _EVICTED.fullmatch(name)

@@ -83,7 +83,7 @@ class Shelf:
         return int(elements * self._rungs[rung].bits_per_element / 8)
 
     def put(self, form: Form, rung: str, context_id: str, ids: Sequence[int]) -> Shelved:
-        """A cache coded at a rung of the chain that is tighter than its own. Raises like to_send."""
+        """A cache coded at its own rung or a tighter one of the chain. Raises like exchange.to_send."""
         wanted = recipe(rung)
         if isinstance(form, Shelved) and self._transform is not None and nests(recipe(form.rung), wanted):
             return tightened(form, wanted, self._transform)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from edge_agent.errors import CacheInvalid, RecipeInvalid
 from edge_agent.facts.fact import Fact
 from edge_agent.kv.cache import Cache
-from edge_agent.kv.payload import Header, Kept, Shape, kept_entries, pack_ids
+from edge_agent.kv.payload import Header, Kept, Shape, kept_of, pack_ids
 from edge_agent.kv.reader import Expectation
 from edge_agent.kv.recipe import Layout, Recipe
 from edge_agent.kv.transform import Transform
@@ -37,7 +37,7 @@ def to_send(
             raise CacheInvalid("entries are to be sent, but no cache is given")
         sent = rung.reduced(cache.between(own_tokens, len(ids)))
         if rung.eviction is not None:
-            kept = kept_entries(sent, own_tokens=own_tokens, tokens=len(ids), layers=layout.layers)
+            kept = kept_of(sent, own_tokens=own_tokens, tokens=len(ids), layers=layout.layers)
     header = payload_header(
         manifest, context_id, ids, own_tokens=own_tokens, rung=rung, layout=layout, kept=kept, facts=facts
     )

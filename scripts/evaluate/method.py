@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edge_agent.errors import RecipeInvalid
+from edge_agent.kv.backfill import RANKS
 from edge_agent.kv.recipe import Recipe, recipe
 from scripts.evaluate.errors import MethodUnknown
 from scripts.peers.groups import grouped
@@ -41,7 +42,7 @@ GROUPS = {
         NONE,
         *(
             f"fp16-{by}{share}{filled}"
-            for by, rank in (("e", 4), ("h", 2))
+            for by, rank in (("e", RANKS["layer"]), ("h", RANKS["head"]))
             for filled in ("", f"-b{rank}")
             for share in (50, 30, 20, 10, 5)
         ),

@@ -194,6 +194,14 @@ def _points(rows: Sequence[Row], metric: str, scale: float) -> Iterator[_Point]:
             yield _Point(row.method, row.bits_per_element, y, low, high)
 
 
+def dress(panel: Any) -> None:
+    """Small ticks, a pale grid behind what is drawn, no frame to the top and the right."""
+    panel.tick_params(labelsize=8)
+    panel.grid(color="#eeeeee", linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
 def _draw(panel: Any, rows: Sequence[Row], styles: dict[str, _Style], metric: str, scale: float) -> None:
     points = list(_points(rows, metric, scale))
     for name, style in styles.items():
@@ -232,10 +240,7 @@ def _draw(panel: Any, rows: Sequence[Row], styles: dict[str, _Style], metric: st
     panel.set_xticks([], minor=True)
     ticks = [each for each in _BITS if low <= each <= high]
     panel.set_xticks(ticks, [f"{each:g}" for each in ticks])
-    panel.tick_params(labelsize=8)
-    panel.grid(color="#eeeeee", linewidth=0.6)
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right"]].set_visible(False)
+    dress(panel)
 
 
 def _range(values: Sequence[float], metric: str) -> tuple[float, float]:

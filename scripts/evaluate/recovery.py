@@ -7,7 +7,7 @@ recovery what X-bN regains of it: as much as the damage would be all, 0 nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from msgspec import Struct
 from edge_agent.kv.eviction import By
 from scripts.evaluate.errors import EvaluationError
 from scripts.evaluate.method import FACTS, TEXT, method
-from scripts.evaluate.plots import FURTHER, MARKERS, Label, label, pyplot, saving
+from scripts.evaluate.plots import FURTHER, MARKERS, Label, dress, label, pyplot, saving
 from scripts.evaluate.records import Record
-from scripts.evaluate.summary import Estimate, comparable, estimate, paired
+from scripts.evaluate.summary import Estimate, comparable, estimate, paired, paired_if_any
 
 _KL = ("kl", "KL, nats", 1.0)
 _F1 = ("f1", "F1, points", 100.0)
@@ -97,20 +97,11 @@ def _recovery(records: Sequence[Record], pair: Backfill) -> Recovery:
         items=len(evicted),
         kl_damage=estimate([record.kl for record in evicted], [record.context for record in evicted]),
         kl_recovery=paired(records, "kl", pair.evicted, pair.backfilled),
-        f1_damage=_difference(records, f1, TEXT, pair.evicted),
-        f1_recovery=_difference(records, f1, pair.backfilled, pair.evicted),
-        choice_damage=_difference(records, choice, TEXT, pair.evicted),
-        choice_recovery=_difference(records, choice, pair.backfilled, pair.evicted),
+        f1_damage=paired_if_any(records, f1, TEXT, pair.evicted),
+        f1_recovery=paired_if_any(records, f1, pair.backfilled, pair.evicted),
+        choice_damage=paired_if_any(records, choice, TEXT, pair.evicted),
+        choice_recovery=paired_if_any(records, choice, pair.backfilled, pair.evicted),
     )
-
-
-def _difference(records: Iterable[Record], metric: str | None, method: str, baseline: str) -> Estimate | None:
-    if metric is None:
-        return None
-    try:
-        return paired(records, metric, method, baseline)
-    except ValueError:
-        return None
 
 
 def damage_recovery(found: Sequence[Recovery], path: Path) -> None:
@@ -199,10 +190,7 @@ def _draw(panel: Any, points: Sequence[_Point], styles: dict[str, tuple[str, str
     low, high = _around([value for each in points for value in (each.y_low, each.y_high)])
     panel.set_xlim(left, right)
     panel.set_ylim(low, max(high, _LEAST_HEIGHT * right))
-    panel.tick_params(labelsize=8)
-    panel.grid(color="#eeeeee", linewidth=0.6)
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right"]].set_visible(False)
+    dress(panel)
 
 
 def _marker(marker: str, index: int) -> dict[str, Any]:

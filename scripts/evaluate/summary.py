@@ -122,6 +122,16 @@ def paired(records: Iterable[Record], metric: str, method: str, baseline: str) -
     return estimate(differences, contexts)
 
 
+def paired_if_any(records: Iterable[Record], metric: str | None, method: str, baseline: str) -> Estimate | None:
+    """The same; None for no metric, or if no item has it under both."""
+    if metric is None:
+        return None
+    try:
+        return paired(records, metric, method, baseline)
+    except ValueError:
+        return None
+
+
 def estimate(values: Sequence[float], groups: Sequence[str] | None = None) -> Estimate:
     """The mean of at least one value, with its interval (percentile bootstrap, always the same resamples).
 

@@ -10,7 +10,7 @@ from msgspec import Struct
 from scripts.evaluate.method import FACTS
 from scripts.evaluate.records import Record
 from scripts.evaluate.recovery import Recovery
-from scripts.evaluate.summary import Estimate, Row, paired
+from scripts.evaluate.summary import Estimate, Row, paired_if_any
 
 _NONE = "–"
 _Of = TypeVar("_Of", Row, Recovery)
@@ -87,7 +87,9 @@ def facts(records: Sequence[Record]) -> str:
         if (dataset, method + FACTS) not in ran:
             continue
         own = [record for record in records if record.dataset == dataset]
-        f1, match, gold = (_difference(own, metric, method) for metric in ("f1", "exact_match", "gold_logprob"))
+        f1, match, gold = (
+            paired_if_any(own, metric, method + FACTS, method) for metric in ("f1", "exact_match", "gold_logprob")
+        )
         items = {record.item for record in own if record.method == method}
         items &= {record.item for record in own if record.method == method + FACTS}
         points = "{:+z.1f}".format
@@ -185,13 +187,6 @@ def _table(head: Sequence[str], lines: Iterable[Sequence[str]], names: int) -> s
 def _cell(text: str) -> str:
     """A text that ends neither its cell nor its line."""
     return " ".join(text.split()).replace("|", "\\|")
-
-
-def _difference(records: Sequence[Record], metric: str, method: str) -> Estimate | None:
-    try:
-        return paired(records, metric, method + FACTS, method)
-    except ValueError:
-        return None
 
 
 def _number(value: float | None, decimals: int) -> str:

@@ -79,8 +79,7 @@ def front(rungs: Sequence[Rung]) -> tuple[Rung, ...]:
 
 
 def _add(total: _Sum, answered: Answered, reference: relay.Reference, back: Cache, payload_bytes: int) -> None:
-    live = relay.behind(answered.prefix, back, reference.cache.entries, room=reference.room)
-    log_q = relay.along(live, relay.read_question(live, reference.question), reference.answer)
+    log_q = relay.along_behind(answered.prefix, back, reference)
     total.payload_bits += 8 * payload_bytes
     total.elements += reference.cache.elements
     total.kl += float(relay.divergence(reference.log_p, log_q).sum())

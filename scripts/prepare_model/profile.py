@@ -64,6 +64,5 @@ def _divergence(answered: Answered, reference: relay.Reference, coarse: Cache, l
     """Sum over the answer of the KL that one layer at the minimum width costs."""
     layers = list(reference.cache.layers)
     layers[layer] = coarse.layers[layer]
-    live = relay.behind(answered.prefix, Cache(tuple(layers)), reference.cache.entries, room=reference.room)
-    log_q = relay.along(live, relay.read_question(live, reference.question), reference.answer)
+    log_q = relay.along_behind(answered.prefix, Cache(tuple(layers)), reference)
     return float(relay.divergence(reference.log_p, log_q).sum())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from edge_agent.kv.cache import Cache, Layer
 from edge_agent.kv.eviction import taken
-from edge_agent.kv.payload import Header, Shape, kept_entries, pack_ids
+from edge_agent.kv.payload import Header, Shape, kept_of, pack_ids
 from edge_agent.kv.profile import Profile
 from edge_agent.kv.reader import Expectation
 from edge_agent.kv.recipe import Recipe
@@ -86,7 +86,7 @@ def evicted_for(cache: Cache, rung: Recipe, *, own: int = 0, slice_tokens: int |
     """The same for a rung that evicts, and the entries that are then sent."""
     header = header_for(cache, rung, own=own, slice_tokens=slice_tokens)
     rest = rung.reduced(cache.between(own, header.tokens))
-    kept = kept_entries(rest, own_tokens=own, tokens=header.tokens, layers=header.shape.sent_layers)
+    kept = kept_of(rest, own_tokens=own, tokens=header.tokens, layers=header.shape.sent_layers)
     return msgspec.structs.replace(header, kept=kept), rest
 
 

@@ -112,8 +112,7 @@ def loss(subject: Subject, back: Cache) -> Loss:
     """What a receiver loses that has put `back` in the place of the subject's cache, over all answers."""
     kl, agreeing, positions = 0.0, 0, 0
     for reference in subject.references:
-        live = relay.behind(subject.prefix, back, reference.cache.entries, room=reference.room)
-        log_q = relay.along(live, relay.read_question(live, reference.question), reference.answer)
+        log_q = relay.along_behind(subject.prefix, back, reference)
         kl += float(relay.divergence(reference.log_p, log_q).sum())
         agreeing += relay.agreeing(reference.log_p, log_q)
         positions += reference.positions
