@@ -54,7 +54,8 @@ Bulk = Open | Chunk | Abort
 class Ack(Message, frozen=True, kw_only=True, tag="ack"):
     """From the receiver: all chunks below next_index are here, `missing` are gaps above them.
 
-    state is None while the transfer runs; otherwise the end state, with its reason.
+    state is None while the transfer runs; otherwise the end state, with its reason. enough: delivered although chunks
+    are missing, which the receiver has no use for any more.
     """
 
     transfer: Id
@@ -62,6 +63,7 @@ class Ack(Message, frozen=True, kw_only=True, tag="ack"):
     next_index: Count
     missing: Annotated[tuple[ChunkIndex, ...], Meta(max_length=256)] = ()
     state: EndState | None = None
+    enough: bool = False
     reason: Reason = ""
 
 

@@ -63,12 +63,33 @@ class ContextReply(Message, frozen=True, kw_only=True, tag="context_reply"):
     error: Reason = ""
 
 
+class RateStep(Struct, frozen=True, kw_only=True):
+    """From after_s seconds after an order on, a transfer has rate_bps."""
+
+    after_s: Seconds
+    rate_bps: Annotated[float, Meta(gt=0, le=1e15)]
+
+
+RateSteps = Annotated[tuple[RateStep, ...], Meta(max_length=64)]
+
+
+class PaceOrder(Message, frozen=True, kw_only=True, tag="pace"):
+    """A transfer under way has another share from now on: what an order said of its rates before is void."""
+
+    request: Id
+    transfer: Id
+    rate_bps: BitsPerSecond | None
+    later_rates: RateSteps = ()
+
+
 class SendOrder(Message, frozen=True, kw_only=True, tag="send"):
     """Send a context to `receiver` as one transfer.
 
-    The first own_tokens tokens go as ids, for the receiver to prefill; the rest as cache entries at `rung`. So
-    own_tokens = all is the token medium, 0 the cache medium. facts_tokens: facts of the context go beside its cache, as
-    many as take that many tokens in the prompt. rate_bps is this link's share (None: unpaced).
+    All token ids go first; then the entries of the others than the first own_tokens, which the receiver prefills
+    itself, as cache at `rung`. So own_tokens = all is the token medium, 0 the cache medium. meet: the receiver goes on
+    prefilling behind own_tokens, and the sender on sending before them, until they meet. facts_tokens: facts of the
+    context go beside its cache, as many as take that many tokens in the prompt. rate_bps is this link's share (None:
+    unpaced), later_rates what it is from so many seconds after the order on.
     """
 
     request: Id
@@ -77,17 +98,19 @@ class SendOrder(Message, frozen=True, kw_only=True, tag="send"):
     receiver: AgentId
     own_tokens: Tokens
     rung: RungName
+    meet: bool = False
     facts_tokens: Tokens = 0
     expires_s: Seconds
     chunk_bytes: Annotated[int, Meta(ge=1_024, le=262_144)] = 65_536
     rate_bps: BitsPerSecond | None = None
+    later_rates: RateSteps = ()
 
 
 class Part(Struct, frozen=True, kw_only=True):
     """One context of a question: which transfer brings it, and who holds its text if the transfer fails.
 
-    text_holders in the order to be asked. The entry "coordinator" stands for the coordinator itself, which keeps
-    the texts that were given to it; agents' ids may not be that word.
+    own_tokens, meet: as in the sender's order. text_holders in the order to be asked. The entry "coordinator" stands
+    for the coordinator itself, which keeps the texts that were given to it; agents' ids may not be that word.
     """
 
     transfer: Id
@@ -95,6 +118,7 @@ class Part(Struct, frozen=True, kw_only=True):
     context_id: Digest
     tokens: Tokens
     own_tokens: Tokens
+    meet: bool = False
     rung: RungName
     text_holders: Annotated[tuple[AgentId, ...], Meta(max_length=64)] = ()
 
@@ -102,7 +126,8 @@ class Part(Struct, frozen=True, kw_only=True):
 class AnswerOrder(Message, frozen=True, kw_only=True, tag="answer"):
     """Join the parts in this order, prefill the question, generate, stream the answer to `answers/{request}`.
 
-    A part that has not arrived part_timeout_s after the order is given up and its text fetched instead.
+    What of a part has not arrived part_timeout_s after the order is given up: if the ids of its tokens have come, the
+    receiver computes the rest from them, else its text is fetched.
     """
 
     request: Id
@@ -130,7 +155,7 @@ class TextReply(Message, frozen=True, kw_only=True, tag="text"):
     text: ContextText | None
 
 
-Order = AddContext | RemoveContext | ListContexts | SendOrder | AnswerOrder | CancelOrder | TextReply
+Order = AddContext | RemoveContext | ListContexts | SendOrder | PaceOrder | AnswerOrder | CancelOrder | TextReply
 
 
 class TextRequest(Message, frozen=True, kw_only=True, tag="text_request"):
@@ -161,7 +186,10 @@ class SendOutcome(Message, frozen=True, kw_only=True, tag="send_outcome"):
 
 
 class PartOutcome(Struct, frozen=True, kw_only=True):
-    """How one part reached the receiver. fallback names what replaced a transfer that failed ("" if none)."""
+    """How one part reached the receiver. fallback names what replaced a transfer that failed ("" if none).
+
+    own_tokens: so many of its tokens the receiver computed in the end. waited_s: nothing was left to do but wait.
+    """
 
     transfer: Id
     sender: AgentId
@@ -170,6 +198,8 @@ class PartOutcome(Struct, frozen=True, kw_only=True):
     receive_s: Seconds = 0.0
     decode_s: Seconds = 0.0
     prefill_s: Seconds = 0.0
+    own_tokens: Tokens = 0
+    waited_s: Seconds = 0.0
     fallback: Annotated[str, Meta(max_length=64)] = ""
     reason: Reason = ""
 

@@ -96,7 +96,10 @@ class Stages(Struct, frozen=True, kw_only=True):
 
 
 class LinkReport(Struct, frozen=True, kw_only=True):
-    """One link of a round: what was planned, and (once known) what came of it."""
+    """One link of a round: what was planned, and (once known) what came of it.
+
+    computed_tokens: so many of its tokens the receiver computed itself in the end, where own_tokens were planned.
+    """
 
     sender: AgentId
     context: Name
@@ -116,6 +119,7 @@ class LinkReport(Struct, frozen=True, kw_only=True):
     measured: Stages | None = None
     payload_bytes: Bytes | None = None
     wire_bytes: Bytes | None = None
+    computed_tokens: Tokens | None = None
     fallback: Annotated[str, Meta(max_length=64)] = ""
     note: Reason = ""
 
