@@ -162,7 +162,7 @@ class Table:
 
     def _set_channels(self, links: Sequence[Link]) -> None:
         """Pairs (link, channel) sorted by channel, with the seconds of that channel that a bit takes."""
-        pairs = [(i, name, bps) for i, link in enumerate(links) if link.measured for name, bps in link.channels]
+        pairs = [pair for i, link in enumerate(links) if link.measured for pair in _passed(i, link)]
         channels = Groups([name for _, name, _ in pairs])
         self.channel_names = tuple(dict.fromkeys(name for _, name, _ in pairs))
         order = np.argsort(channels.index, kind="stable")
@@ -178,7 +178,9 @@ class Table:
         self.fdma = bool(np.any(self.pair_snr > 0))
         crowd = np.bincount(self.pair_channel, minlength=channels.count)
         self.shared: Flags = crowd > 1
-        """Channels that more than one link passes, or one twice."""
+        """Channels that more than one link passes."""
+        self.most_bps = self.least_of_pairs(self.pair_alone_bps * self.free[self.pair_channel])
+        """What each link has if it has all that is free to itself."""
 
     def used(self, rates: Floats) -> Floats:
         """The share of each channel that these rates take: (..., K) to (..., channels)."""
@@ -188,15 +190,38 @@ class Table:
         """The same of rates by pair, (..., pairs)."""
         if not self.channel_starts.size:
             return np.zeros((*rates.shape[:-1], 0))
+        return np.asarray(np.add.reduceat(self.shares_of_pairs(rates), self.channel_starts, axis=-1))
+
+    def shares_of_pairs(self, rates: Floats) -> Floats:
+        """The share of its channel that each pair's rate takes, (..., pairs)."""
         alone = rates / self.pair_alone_bps
-        shares = band_shares(alone, self.pair_snr) if self.fdma else alone
-        return np.asarray(np.add.reduceat(shares, self.channel_starts, axis=-1))
+        return band_shares(alone, self.pair_snr) if self.fdma else alone
+
+    def all_of_pairs(self, by_pair: Flags) -> Flags:
+        """For each link whether it holds of all its pairs."""
+        return np.asarray(np.bincount(self.pair_link[~by_pair], minlength=self.count) == 0)
+
+    def tangents(self, rates: Floats) -> tuple[Floats, Floats]:
+        """(slope, intercept) by pair of the share of its channel as a function of the rate, at these rates (K,)."""
+        if not self.fdma:
+            return 1 / self.pair_alone_bps, np.zeros(len(self.pair_link))
+        alone = rates[self.pair_link] / self.pair_alone_bps
+        share = band_shares(alone, self.pair_snr)
+        waves = self.pair_snr > 0
+        ratio = np.where(waves, self.pair_snr, 1.0) / np.maximum(share, 1e-12)
+        slope = np.log1p(np.where(waves, self.pair_snr, 1.0)) / (np.log1p(ratio) - ratio / (1 + ratio))
+        slope = np.where(waves, np.where(share > 0, slope, 0.0), 1.0)
+        return slope / self.pair_alone_bps, np.where(waves, share - slope * alone, 0.0)
 
     def least_on_way(self, by_channel: Floats) -> Floats:
         """For each link the least of what its channels have; infinite for one that passes none."""
+        return self.least_of_pairs(by_channel[self.pair_channel])
+
+    def least_of_pairs(self, by_pair: Floats) -> Floats:
+        """For each link the least of its pairs; infinite for one without."""
         found = np.full(self.count, np.inf)
         if self.link_starts.size:
-            least = np.minimum.reduceat(by_channel[self.pair_channel[self.pairs_by_link]], self.link_starts)
+            least = np.minimum.reduceat(by_pair[self.pairs_by_link], self.link_starts)
             found[self.pair_link[self.pairs_by_link][self.link_starts]] = least
         return found
 
@@ -250,6 +275,16 @@ def band_shares(alone: Floats, snr: Floats) -> Floats:
     beyond = (alone - 1) * whole / np.maximum(whole - snr / (1 + snr), 1e-300)
     found[waves] = np.where(alone > 0, np.where(alone > 1, 1 + beyond, at), 0.0)[waves]
     return found
+
+
+def _passed(index: int, link: Link) -> list[tuple[int, str, float]]:
+    """(index, channel, bits per second alone on it) of each channel; one passed twice takes twice the time of a bit."""
+    if len(link.channels) == 2 and link.channels[0][0] != link.channels[1][0]:
+        return [(index, name, bps) for name, bps in link.channels]
+    bit_s: dict[str, float] = {}
+    for name, bps in link.channels:
+        bit_s[name] = bit_s.get(name, 0.0) + 1 / bps
+    return [(index, name, 1 / takes_s) for name, takes_s in bit_s.items()]
 
 
 def _column(values: Sequence[float]) -> Floats:

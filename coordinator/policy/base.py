@@ -93,7 +93,8 @@ class RequestPlan:
 class Plan:
     """What a policy decided for all requests planned together. predicted_e2e_s is that of the slowest of them.
 
-    within_s is the round's E2E that min-max allocation guarantees; the prediction is never above it.
+    within_s is the round's E2E that min-max allocation guarantees; the prediction is never above it. bound_s: an E2E
+    below which no plan is, where it is known.
     """
 
     policy: str
@@ -102,6 +103,7 @@ class Plan:
     predicted_question_s: float
     within_s: float
     known: bool
+    bound_s: float | None = None
 
     @property
     def links(self) -> tuple[LinkPlan, ...]:
@@ -132,15 +134,18 @@ class BinaryPolicy:
     def plan(self, scenario: Scenario) -> Plan:
         """Media on the tightest rungs, then the rungs raised."""
         if not scenario.links:
-            return Plan(
-                policy=self.name, requests=(), predicted_e2e_s=0.0, predicted_question_s=0.0, within_s=0.0, known=True
-            )
+            return nothing(self.name)
         shares = Shares(scenario)
         base = shares.allocate(shares.own_of(self.media(shares)))
         return describe(self.name, scenario, raise_rungs(shares, base))
 
 
-def describe(policy: str, scenario: Scenario, allocation: Allocation) -> Plan:
+def nothing(policy: str) -> Plan:
+    """The plan of a scenario without links."""
+    return Plan(policy=policy, requests=(), predicted_e2e_s=0.0, predicted_question_s=0.0, within_s=0.0, known=True)
+
+
+def describe(policy: str, scenario: Scenario, allocation: Allocation, *, bound_s: float | None = None) -> Plan:
     """An allocation as a plan."""
     prediction = allocation.prediction
     links = [_link_plan(scenario, index, decision, prediction) for index, decision in enumerate(allocation.decisions)]
@@ -164,6 +169,7 @@ def describe(policy: str, scenario: Scenario, allocation: Allocation) -> Plan:
         predicted_question_s=max(prediction.question_s),
         within_s=allocation.within_s,
         known=scenario.known,
+        bound_s=bound_s,
     )
 
 

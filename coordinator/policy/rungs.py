@@ -64,31 +64,30 @@ def raise_rungs(shares: Shares, base: Allocation) -> Allocation:
     """The same media on the most faithful rungs that time allows.
 
     A request with a deadline that it meets may take until the deadline; one that misses it takes no longer than now;
-    without a deadline all may take `tie_fraction` longer than the round takes now. The link with the largest loss
-    climbs first (ties: in the order of the scenario), one rung at a time, until no link can climb.
+    without a deadline all may take `tie_fraction` longer than the round takes now. The links with the largest loss
+    climb first (ties: in the order of the scenario), each as long as its channels hold what it takes more.
     """
     limits_s = _limits(shares, base)
-    rungs = list(base.rungs)
-    climbing = set(np.flatnonzero(base.carries).tolist())
-    links = shares.scenario.links
-    while climbing:
-        index = min(climbing, key=lambda i: (-links[i].rungs[rungs[i]].kl, i))
-        if rungs[index] + 1 == len(links[index].rungs) or not _fits(shares, base, _climbed(rungs, index), limits_s):
-            climbing.remove(index)
-        else:
-            rungs[index] += 1
-    if tuple(rungs) == base.rungs:
+    losses = [[rung.kl for rung in link.rungs] or [0.0] for link in shares.scenario.links]
+    tops = np.array([len(own) - 1 for own in losses])
+    rungs = np.array(base.rungs, dtype=np.intp)
+    rates = shares.needed(base.own, base.rungs, limits_s)
+    climbing = base.carries & (rungs < tops)
+    while climbing.any():
+        loss = np.array([own[rung] for own, rung in zip(losses, rungs.tolist(), strict=True)])
+        lossiest = climbing & (loss == loss[climbing].max())
+        raised = tuple(np.where(lossiest, rungs + 1, rungs).tolist())
+        fit, alone = shares.affordable(rates, shares.needed(base.own, raised, limits_s), lossiest)
+        higher = np.where(fit, rungs + 1, rungs)
+        wanted = shares.needed(base.own, tuple(higher.tolist()), limits_s)
+        if not shares.holds(wanted):
+            break
+        rungs, rates = higher, wanted
+        climbing &= (~lossiest | alone) & (rungs < tops)
+    chosen = tuple(rungs.tolist())
+    if chosen == base.rungs:
         return base
-    return shares.allocate_within(base.own, tuple(rungs), limits_s) or base
-
-
-def _climbed(rungs: list[int], index: int) -> tuple[int, ...]:
-    return (*rungs[:index], rungs[index] + 1, *rungs[index + 1 :])
-
-
-def _fits(shares: Shares, base: Allocation, rungs: tuple[int, ...], limits_s: Floats) -> bool:
-    rows = shares.rows(base.own[None, :], rungs)
-    return bool(shares.rates(rows, float("inf"), limits_s)[1][0])
+    return shares.allocate_within(base.own, chosen, limits_s) or base
 
 
 def _limits(shares: Shares, base: Allocation) -> Floats:

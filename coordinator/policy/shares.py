@@ -241,6 +241,33 @@ class Shares:
         timed = timeline(self.table, course)
         return Allocation(self.table, own, rungs, course, max(found[1], timed.e2e_s), float(rows.sent_bits[0]), timed)
 
+    def needed(self, own: Floats, rungs: tuple[int, ...], limits_s: Floats) -> Floats:
+        """The least rates (K,) that end each link by its limit; infinite where none does."""
+        rows = self.rows(own[None, :], rungs)
+        gap = limits_s - rows.offset_s
+        rates = np.divide(rows.bits, gap, out=np.zeros_like(gap), where=gap > 0)
+        rates[(gap < 0) | ((gap == 0) & (rows.bits > 0))] = np.inf
+        return np.asarray(rates.max(axis=0)[0])
+
+    def holds(self, rates: Floats) -> bool:
+        """Whether every channel holds these rates, (K,)."""
+        used = self.table.used(np.where(np.isfinite(rates), rates, 0.0))
+        return bool(np.isfinite(rates).all() and np.all(used <= self.table.free * (1 + ROUNDING)))
+
+    def affordable(self, rates: Floats, wanted: Floats, who: Flags) -> tuple[Flags, Flags]:
+        """Which of `who` may go from these rates to those they want, (K,): all together in their order, each alone."""
+        table = self.table
+        now = table.shares_of_pairs(rates[table.pair_link])
+        more = np.where(np.isfinite(wanted), wanted, 0.0)[table.pair_link]
+        more = np.where(np.isfinite(wanted)[table.pair_link], table.shares_of_pairs(more) - now, np.inf)
+        more = np.where(who[table.pair_link], np.maximum(more, 0.0), 0.0)
+        left = table.free * (1 + ROUNDING) - table.used(rates)
+        alone = more <= left[table.pair_channel]
+        upto = np.cumsum(np.where(alone, more, 0.0))
+        upto -= (upto - np.where(alone, more, 0.0))[table.channel_starts][table.pair_channel]
+        together = alone & (upto <= left[table.pair_channel])
+        return who & table.all_of_pairs(together), who & table.all_of_pairs(alone)
+
     def fill(self, rates: Floats) -> Floats:
         """Gives out what is left: all rates grow alike, until a channel is full; then those that do not pass it.
 
