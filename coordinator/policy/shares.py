@@ -189,8 +189,13 @@ class Shares:
         fits = np.all(self.table.used(rates) <= self.table.free * (1 + ROUNDING), axis=-1)
         return rates, possible & fits
 
-    def least(self, rows: Rows, below_s: float = np.inf, limits_s: Floats | None = None) -> tuple[Ints, float] | None:
-        """The rows that can end earliest (several if they tie), and when. None if no row ends by below_s and limits."""
+    def least(
+        self, rows: Rows, below_s: float = np.inf, limits_s: Floats | None = None, *, tolerance: float = ROUNDING
+    ) -> tuple[Ints, float] | None:
+        """The rows that can end earliest (several if they tie), and when, to a tolerance as a share of it.
+
+        None if no row ends by below_s and limits.
+        """
         low = float(rows.offset_s.max(axis=(0, -1)).min())
         high = float(self._upper_s(rows).min()) if below_s == np.inf else below_s
         feasible = self.rates(rows, high, limits_s)[1]
@@ -205,7 +210,7 @@ class Shares:
         rows = rows[active]
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
-            if not low < middle < high or high - low <= ROUNDING * high:
+            if not low < middle < high or high - low <= tolerance * high:
                 break
             feasible = self.rates(rows, middle, limits_s)[1]
             if feasible.any():
@@ -222,18 +227,22 @@ class Shares:
         latest = rows.offset_s.max(axis=(0, -1))
         return np.asarray(latest + gap + 1e-9 * (latest + gap), dtype=np.float64)
 
-    def allocate(self, own: Floats, rungs: tuple[int, ...] | None = None) -> Allocation:
+    def allocate(
+        self, own: Floats, rungs: tuple[int, ...] | None = None, *, tolerance: float = ROUNDING
+    ) -> Allocation:
         """Min-max rates for one choice, (K,), with what they predict. Without rungs: the tightest."""
         unlimited = np.full(self.table.count, np.inf)
-        found = self.allocate_within(own, self.tightest() if rungs is None else rungs, unlimited)
+        found = self.allocate_within(own, self.tightest() if rungs is None else rungs, unlimited, tolerance=tolerance)
         if found is None:
             raise ArithmeticError("no rates for an unlimited round: a figure of the scenario is not finite")
         return found
 
-    def allocate_within(self, own: Floats, rungs: tuple[int, ...], limits_s: Floats) -> Allocation | None:
+    def allocate_within(
+        self, own: Floats, rungs: tuple[int, ...], limits_s: Floats, *, tolerance: float = ROUNDING
+    ) -> Allocation | None:
         """The same, each link's receiver done by the link's limit (K,). None if that cannot be."""
         rows = self.rows(own[None, :], rungs)
-        found = self.least(rows, limits_s=limits_s)
+        found = self.least(rows, limits_s=limits_s, tolerance=tolerance)
         if found is None:
             return None
         rates = self.fill(self.rates(rows, found[1], limits_s)[0][0])
