@@ -7,13 +7,16 @@ many bits an element.
     bits      8·header + 8·p·bytes_per_token_id + (n-p)·E·bits_per_element
     ready     ½·rtt_sender, then, if p < n, the sender's work: prefill of n tokens (nothing if cached) and encoding of
               (n-p)·E elements. A sender with several links works them one after another, in the order of the scenario.
-    prefill   prefill_fixed + tokens / prefill_tps, on either side
+    prefill   of n tokens behind m: prefill_fixed + n / prefill_tps + prefill_s_per_token2 · (n² + 2nm), on either side
+    coding    elements / rate of the rung's family of codecs; a cache that is kept at the rung itself goes as it is, one
+              kept at another coded rung is decoded first
     transfer  bits / rate, and ½·(rtt_sender + rtt_receiver) for payload and acknowledgement. Token ids are at hand from
               the start: in a split, header and ids go first, the cache follows once it is ready.
     receiver  one compute resource, which works one thing after another in order of arrival: prefill of p tokens once
               the ids are there, decoding of (n-p)·E elements once the cache is there, and, when the last part of a
               request is done, that request's question.
-    E2E       prefill of the question, and ½·rtt_receiver for the first answer token.
+    E2E       prefill of the question behind its contexts, ½·rtt_receiver for the first answer token, and what the
+              receiver was learned to need beside all this (bus, threads, joining).
 
 The E2E of a round is the largest of its requests. Rates are constant for the whole of a transfer. A link that was not
 measured (rate 0) counts as instant and an agent that was not measured as infinitely fast; `Scenario.known` says so.
@@ -28,10 +31,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from broker_config.messages import Rung, Speed, Stages
+from broker_config.messages import CodecSpeed, Rung, Speed, Stages, codec_family
 
 HEADER_BYTES = 600
 """Header, slice digests and trailer of a payload, whatever it carries."""
+EXACT_RUNG = "float32"
+"""At which a cache is kept that was never coded."""
 TIE_FRACTION = 0.10
 """Two E2E this close are one for the planner: it is below the model's own prediction error."""
 
@@ -43,7 +48,8 @@ class Link:
     request indexes Scenario.requests. link_bps 0 means not measured; channels are (name, bits per second alone on it),
     one passed twice comes twice. rungs are those the quality floor and the memory of both ends allow, from tightest to
     most faithful; if there are none, note says why, and the link goes as tokens. reference is the ladder's most
-    faithful rung, which names the (lossless) token medium in orders and reports.
+    faithful rung, which names the (lossless) token medium in orders and reports. kept: the rung at which the sender
+    keeps the cache. receiver_overhead_s comes once per request.
     """
 
     request: int
@@ -66,6 +72,8 @@ class Link:
     sender_pressure: float = 0.0
     receiver_pressure: float = 0.0
     note: str = ""
+    kept: str | None = None
+    receiver_overhead_s: float = 0.0
 
     @property
     def measured(self) -> bool:
@@ -146,21 +154,44 @@ def usable(speed: Speed | None) -> bool:
     return speed is not None and min(speed.prefill_tps, speed.encode_elements_per_s, speed.decode_elements_per_s) > 0
 
 
-def prefill_s(speed: Speed | None, tokens: int) -> float:
-    """Seconds to prefill so many tokens; 0 for none, or for an agent that was not measured."""
+def prefill_s(speed: Speed | None, tokens: int, behind: int = 0) -> float:
+    """Seconds to prefill so many tokens behind so many; 0 for none, or for an agent that was not measured."""
     if speed is None or tokens <= 0 or speed.prefill_tps <= 0:
         return 0.0
-    return speed.prefill_fixed_s + tokens / speed.prefill_tps
+    attended = tokens * (tokens + 2.0 * behind)
+    return speed.prefill_fixed_s + tokens / speed.prefill_tps + speed.prefill_s_per_token2 * attended
 
 
-def encode_s(speed: Speed | None, elements: int) -> float:
-    """Seconds to encode so many cache elements; 0 where not measured."""
-    return elements / speed.encode_elements_per_s if speed and speed.encode_elements_per_s > 0 else 0.0
+def encode_s(speed: Speed | None, elements: int, rung_name: str | None = None, kept: str | None = None) -> float:
+    """Seconds to encode so many cache elements at a rung, out of what is kept at another; 0 where not measured."""
+    if speed is None or (kept is not None and kept == rung_name):
+        return 0.0
+    codec = _codec(speed, rung_name)
+    rate = codec.encode_elements_per_s if codec else speed.encode_elements_per_s
+    again_s = decode_s(speed, elements, kept) if kept not in {None, EXACT_RUNG} else 0.0
+    return (elements / rate if rate > 0 else 0.0) + again_s
 
 
-def decode_s(speed: Speed | None, elements: int) -> float:
-    """Seconds to decode so many cache elements; 0 where not measured."""
-    return elements / speed.decode_elements_per_s if speed and speed.decode_elements_per_s > 0 else 0.0
+def decode_s(speed: Speed | None, elements: int, rung_name: str | None = None) -> float:
+    """Seconds to decode so many cache elements of a rung; 0 where not measured."""
+    if speed is None:
+        return 0.0
+    codec = _codec(speed, rung_name)
+    rate = codec.decode_elements_per_s if codec else speed.decode_elements_per_s
+    return elements / rate if rate > 0 else 0.0
+
+
+def _codec(speed: Speed, rung_name: str | None) -> CodecSpeed | None:
+    """What was measured of a rung's family."""
+    family = codec_family(rung_name) if rung_name else None
+    return next(
+        (
+            codec
+            for codec in speed.codecs
+            if codec.codec == family and min(codec.encode_elements_per_s, codec.decode_elements_per_s) > 0
+        ),
+        None,
+    )
 
 
 def ids_bits(link: Link, own_tokens: int, header_bytes: int) -> float:
@@ -182,9 +213,10 @@ def payload_bytes(link: Link, own_tokens: int, rung: Rung | None, header_bytes: 
 
 
 def question_s(scenario: Scenario, request: int) -> float:
-    """Seconds the receiver prefills the question of a request."""
-    speed = next((link.receiver_speed for link in scenario.links if link.request == request), None)
-    return prefill_s(speed, scenario.requests[request].question_tokens)
+    """Seconds the receiver prefills the question of a request, behind its contexts."""
+    links = [link for link in scenario.links if link.request == request]
+    behind = sum(link.tokens for link in links)
+    return prefill_s(links[0].receiver_speed if links else None, scenario.requests[request].question_tokens, behind)
 
 
 def evaluate(scenario: Scenario, decisions: Sequence[Decision]) -> Prediction:
@@ -199,11 +231,12 @@ def evaluate(scenario: Scenario, decisions: Sequence[Decision]) -> Prediction:
         back_s = (link.sender_rtt_s + link.receiver_rtt_s) / 2
         first_s = _seconds(ids_bits(link, own, scenario.header_bytes), decision.rate_bps)
         rest_s = _seconds(cache_bits(link, own, decision.rung), decision.rate_bps)
+        elements, rung_name = cached_tokens * link.elements_per_token, decision.rung.name if decision.rung else None
         stage = Stages(
             sender_prefill_s=prefill_s(link.sender_speed, link.tokens) if cached_tokens and not link.cached else 0.0,
-            encode_s=encode_s(link.sender_speed, cached_tokens * link.elements_per_token),
+            encode_s=encode_s(link.sender_speed, elements, rung_name, link.kept if link.cached else None),
             transfer_s=text_ready_s + first_s + rest_s + back_s,
-            decode_s=decode_s(link.receiver_speed, cached_tokens * link.elements_per_token),
+            decode_s=decode_s(link.receiver_speed, elements, rung_name),
             receiver_prefill_s=prefill_s(link.receiver_speed, own),
         )
         arrival_s = text_ready_s + first_s + back_s
@@ -243,7 +276,7 @@ def _work(
             left[link.request] -= 1
             if not left[link.request]:
                 free_s += questions_s[link.request]
-                e2e_s[link.request] = free_s + link.receiver_rtt_s / 2
+                e2e_s[link.request] = free_s + link.receiver_rtt_s / 2 + link.receiver_overhead_s
     return Prediction(
         stages=tuple(stages),
         arrive_s=tuple(arrive_s),

@@ -106,7 +106,7 @@ class Outgoing:
                 expires_s=max(0.0, round(deadline_s - clock(), 3)),
             )
         if isinstance(form, Cache):  # what is sent as it is kept says nothing of coding
-            self._engine.meter.encode(header.decoded_bytes() // 4, job.encode_s)
+            self._engine.meter.encode(header.decoded_bytes() // 4, job.encode_s, rung.name)
         self._link.sent(sent.wire_bytes, sent.transfer_s)
         return sent
 

@@ -175,7 +175,7 @@ class Parts:
         header = _ordered(reader.header, received, progress.part)
         if received is None:
             return _whole(await self._prefill(order, progress, header.ids()))
-        self._engine.meter.decode_payload(received.elements, progress.decode_s)
+        self._engine.meter.decode_payload(received.elements, progress.decode_s, header.rung)
         if not header.own_tokens:
             return Fetched(received, header.tokens, header.facts)
         own, progress.prefill_s = await self._engine.prefill_context(header.ids(), order.asker)

@@ -1,6 +1,7 @@
 """Typed messages: frozen structs, validated on arrival, with a limit on every field."""
 
 from broker_config.messages.agents import (
+    CodecSpeed,
     ContextInfo,
     LinkQuality,
     Memory,
@@ -9,6 +10,7 @@ from broker_config.messages.agents import (
     Rung,
     Speed,
     Telemetry,
+    codec_family,
 )
 from broker_config.messages.base import PROTOCOL_VERSION, Message, new_id
 from broker_config.messages.bulk import MAX_CHUNK_BYTES, MAX_PROBE_BYTES, Abort, Ack, Bulk, Chunk, Open, Probe
@@ -68,6 +70,7 @@ __all__ = [
     "CancelAsk",
     "CancelOrder",
     "Chunk",
+    "CodecSpeed",
     "ContextInfo",
     "ContextReply",
     "CoordinatorPresence",
@@ -106,5 +109,6 @@ __all__ = [
     "Telemetry",
     "TextReply",
     "TextRequest",
+    "codec_family",
     "new_id",
 ]

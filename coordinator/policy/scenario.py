@@ -187,4 +187,5 @@ def _link(
         sender_pressure=sent.memory.pressure,
         receiver_pressure=received.memory.pressure,
         note=note,
+        kept=context.rung if context.cached else None,
     )

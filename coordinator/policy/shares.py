@@ -78,13 +78,9 @@ class Shares:
         self._ids_bits = np.array([ids_bits(link, link.tokens, scenario.header_bytes) for link in links])
         self._order_s = np.array([link.sender_rtt_s / 2 for link in links])
         self._back_s = np.array([(link.sender_rtt_s + link.receiver_rtt_s) / 2 for link in links])
-        self._sender_work_s = np.array(
-            [
-                (0.0 if link.cached else prefill_s(link.sender_speed, link.tokens)) + encode_s(link.sender_speed, size)
-                for link, size in zip(links, elements, strict=True)
-            ]
+        self._sender_prefill_s = np.array(
+            [0.0 if link.cached else prefill_s(link.sender_speed, link.tokens) for link in links]
         )
-        self._decode_s = np.array([decode_s(x.receiver_speed, size) for x, size in zip(links, elements, strict=True)])
         self._prefill_s = np.array([prefill_s(link.receiver_speed, link.tokens) for link in links])
         self._senders_share = len({link.sender for link in links}) < len(links)
         self._before_at_sender = np.array(
@@ -104,7 +100,9 @@ class Shares:
         for index, terms in enumerate(self.scenario.requests):
             if terms.receiver in questions:
                 questions[terms.receiver] += question_s(self.scenario, index)
-        self._after_s = np.array([questions[link.receiver] + link.receiver_rtt_s / 2 for link in links])
+        self._after_s = np.array(
+            [questions[link.receiver] + link.receiver_rtt_s / 2 + link.receiver_overhead_s for link in links]
+        )
 
     def _set_channels(self) -> None:
         links = self.scenario.links
@@ -129,11 +127,12 @@ class Shares:
             ]
         )
         bits = np.where(cache, self._header_bits + self._elements * width, self._ids_bits) * self._measured
-        sender_work = np.where(cache, self._sender_work_s, 0.0)
+        encode, decode = self._coding_s(rungs)
+        sender_work = np.where(cache, self._sender_prefill_s + encode, 0.0)
         if self._senders_share:
             sender_work = np.where(cache, sender_work @ self._before_at_sender, 0.0)
         ready = self._order_s + sender_work
-        work = np.where(cache, self._decode_s, self._prefill_s)
+        work = np.where(cache, decode, self._prefill_s)
         receiver = np.broadcast_to(self._receiver, cache.shape)
         order = np.lexsort((ready, cache, receiver), axis=-1)
         upto = np.cumsum(np.take_along_axis(work, order, axis=-1), axis=-1)
@@ -141,6 +140,21 @@ class Shares:
         tail = np.empty_like(work)
         np.put_along_axis(tail, order, before[:, self._block_end] - before[:, :-1], axis=-1)
         return Rows(bits, ready + self._back_s + tail + self._after_s)
+
+    def _coding_s(self, rungs: tuple[int, ...]) -> tuple[Floats, Floats]:
+        """Seconds of coding each link's whole cache at these rungs, at the sender and at the receiver, (K,) each."""
+        coding = [
+            (
+                encode_s(link.sender_speed, size, name, link.kept if link.cached else None),
+                decode_s(link.receiver_speed, size, name),
+            )
+            for link, size, name in (
+                (link, link.tokens * link.elements_per_token, link.rungs[rung].name if link.rungs else None)
+                for link, rung in zip(self.scenario.links, rungs, strict=True)
+            )
+        ]
+        encode, decode = np.array(coding, dtype=np.float64).reshape(-1, 2).T
+        return encode, decode
 
     def rates(self, rows: Rows, within_s: float, limits_s: Floats | None = None) -> tuple[Floats, Flags]:
         """The least rates (M, K) that end each row by within_s (each link also by its limit), and which rows may."""
