@@ -60,7 +60,8 @@ class Round:
     """A question under way. The service feeds it what arrives.
 
     `done` is set when the receiver has told the end, or when the round was stopped; whichever came first counts.
-    receiver_instance: the receiver as it was when the round was planned; another one knows nothing of it.
+    receiver_instance: the receiver as it was when the round was planned; another one knows nothing of it. factors,
+    overhead_s: what was learned of links and receiver when it was.
     """
 
     ask: Ask
@@ -70,6 +71,8 @@ class Round:
     plan: RequestPlan | None
     sources: tuple[LinkPlan | LocalSource, ...]
     holders: Mapping[str, tuple[str, ...]]
+    factors: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    overhead_s: float = 0.0
     transfers: tuple[str, ...] = ()
     first_piece_s: float | None = None
     answered_s: float | None = None
@@ -103,6 +106,18 @@ class Round:
             if isinstance(source, LinkPlan) and transfer not in self.sends
         )
 
+    def transferred(self) -> list[tuple[LinkPlan, SendOutcome]]:
+        """Links whose transfers have ended, with how."""
+        return [
+            (source, self.sends[transfer])
+            for source, transfer in zip(self.sources, self.transfers, strict=True)
+            if isinstance(source, LinkPlan) and transfer in self.sends
+        ]
+
+    def factor(self, link: LinkPlan) -> float:
+        """By which the plan multiplied the measured rate of a link."""
+        return self.factors.get((link.sender, link.receiver), 1.0)
+
     def send_orders(self, expires_s: float) -> list[tuple[str, SendOrder]]:
         """(agent, order) for every sender."""
         return [
@@ -118,7 +133,7 @@ class Round:
                     facts_tokens=self.ask.facts_tokens,
                     expires_s=expires_s,
                     chunk_bytes=SMALL_CHUNK_BYTES if source.link_bps < SLOW_LINK_BPS else LARGE_CHUNK_BYTES,
-                    rate_bps=source.share_bps if self._shared(source) and source.share_bps > 0 else None,
+                    rate_bps=source.share_bps if self.paced(source) else None,
                 ),
             )
             for source, transfer in zip(self.sources, self.transfers, strict=True)
@@ -246,9 +261,9 @@ class Round:
             text_holders=tuple(self.holders.get(source.context_id, ())),
         )
 
-    def _shared(self, link: LinkPlan) -> bool:
+    def paced(self, link: LinkPlan) -> bool:
         """Whether others use a channel of this link. One that has all to itself is not slowed to what was measured."""
-        return len(self.links) > 1 or link.share_bps < ALONE_SHARE * link.link_bps
+        return link.share_bps > 0 and (len(self.links) > 1 or link.share_bps < ALONE_SHARE * link.link_bps)
 
 
 def _link_report(

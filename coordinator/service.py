@@ -41,6 +41,7 @@ from broker_config.messages.base import COORDINATOR
 from coordinator.errors import CoordinatorError, RequestImpossible
 from coordinator.fleet import Fleet, apply, expire
 from coordinator.journal import InFlight, Journal
+from coordinator.learning import Learning
 from coordinator.planning import plan_round
 from coordinator.policy import POLICIES, get_policy
 from coordinator.round import EndOfRound, Round
@@ -69,6 +70,7 @@ class Coordinator:
         self._fleet = Fleet()
         self._rounds: dict[str, Round] = {}
         self._texts = Texts()
+        self._learning = Learning(settings.planning.rate_quantile)
         self._tasks: set[asyncio.Task[None]] = set()
         self._recent: OrderedDict[str, None] = OrderedDict()
         self._ends: OrderedDict[str, Ended | Refused] = OrderedDict()
@@ -179,6 +181,7 @@ class Coordinator:
             running=self._rounds.values(),
             texts=self._texts,
             now_s=accepted_s,
+            learning=self._learning,
         )
         self._journal.began(InFlight(ask=ask, agents=round_.agents))
         self._rounds[ask.request] = round_
@@ -218,6 +221,8 @@ class Coordinator:
     async def _end(self, round_: Round, state: EndOfRound, reason: str) -> None:
         report = round_.report(state, reason)
         self._rounds.pop(report.request, None)
+        if self._learning.take(round_, report) and not self._stopping:
+            self._spawn(publish_or_log(self._bus, topics.COORDINATOR, self._presence("online")), "prediction error")
         log.info("ended", request=report.request, state=state, e2e_s=report.e2e_s, reason=report.reason)
         await self._conclude(round_.ask, report)
 
@@ -336,6 +341,7 @@ class Coordinator:
             instance=self._instance,
             state="online" if online else "offline",
             policies=tuple(POLICIES) if online else (),
+            errors=self._learning.errors() if online else (),
         )
 
     async def _say_online(self) -> None:

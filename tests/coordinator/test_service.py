@@ -480,6 +480,26 @@ def test_an_end_that_cannot_be_told_is_told_when_the_broker_is_back(tmp_path: Pa
     play(tmp_path, story)
 
 
+def test_the_error_of_a_prediction_is_told_after_the_round_and_retained(tmp_path: Path) -> None:
+    async def story(site: FakeSite) -> None:
+        ask = question()
+        await site.asker.ask(ask)
+        order = await site.receiver.order(AnswerOrder)
+        await site.deliver(order, [site.pi_1, site.pi_2])
+        await asyncio.sleep(1)
+        await site.receiver.piece(order, 0, "north")
+        await site.receiver.tell(answered(order))
+        report = await ended(site, ask)
+        assert report.e2e_s is not None
+        seen: list[CoordinatorPresence] = []
+        await site.asker.bus.subscribe(topics.COORDINATOR, lambda presence, _: seen.append(presence))
+        (error,) = seen[-1].errors
+        assert (error.policy, error.rounds, seen[-1].state) == ("kv", 1, "online")
+        assert error.median_bias == pytest.approx(report.predicted_e2e_s / report.e2e_s - 1)
+
+    play(tmp_path, story)
+
+
 def test_a_coordinator_that_is_stopped_ends_its_questions_and_says_goodbye(tmp_path: Path) -> None:
     async def story(site: FakeSite) -> None:
         seen: list[CoordinatorPresence] = []
