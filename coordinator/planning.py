@@ -9,6 +9,7 @@ import msgspec
 
 from broker_config.messages import Ask, ContextInfo, ModelInfo
 from broker_config.messages.base import COORDINATOR
+from coordinator.drift import Rule
 from coordinator.errors import RequestImpossible
 from coordinator.fleet import Fleet, link_channels, resolve_source
 from coordinator.learning import Learning, LinkName, factor_of
@@ -82,6 +83,7 @@ def plan_round(
             )
             for link in (plan.links if plan else ())
         },
+        rule=Rule(factor=settings.planning.revise_factor, interval_s=settings.planning.revise_interval_s),
         factors=factors,
         overhead_s=overheads_s.get(ask.receiver, 0.0),
     )

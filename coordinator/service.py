@@ -44,6 +44,7 @@ from coordinator.journal import InFlight, Journal
 from coordinator.learning import Learning
 from coordinator.planning import plan_round
 from coordinator.policy import POLICIES, get_policy
+from coordinator.revision import revise
 from coordinator.round import EndOfRound, Round
 from coordinator.settings import CoordinatorSettings
 from coordinator.telling import Teller, publish_or_log
@@ -303,6 +304,15 @@ class Coordinator:
             log.error("two agents with one id", agent=event.agent, instances=after.duplicate)
         if isinstance(event, Presence):
             log.info("presence", agent=event.agent, state=event.state)
+        elif after.telemetry is event:  # not a rival's, and not overtaken on its way
+            self._revise(event)
+
+    def _revise(self, telemetry: Telemetry) -> None:
+        """Links may have changed so much that what is under way needs other shares."""
+        rounds = [round_ for round_ in self._rounds.values() if not round_.done.is_set()]
+        for agent, order in revise(telemetry, rounds, fleet=self._fleet, settings=self._settings, now_s=_now_s()):
+            log.info("share revised", request=order.request, agent=agent, rate_bps=order.rate_bps)
+            self._spawn(publish_or_log(self._bus, topics.ORDERS, order, agent=agent), f"pace of {order.transfer}")
 
     def _outcome(self, outcome: Outcome, topic: Mapping[str, str]) -> None:
         round_ = self._rounds.get(outcome.request) if _is_own(outcome, topic) else None

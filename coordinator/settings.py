@@ -9,6 +9,7 @@ from msgspec import Meta, Struct
 
 from broker_config.messages.base import AgentId
 from broker_config.settings import BrokerSettings
+from coordinator.drift import REVISE_FACTOR, REVISE_INTERVAL_S
 from coordinator.fleet import EXPIRY_S, Channel
 from coordinator.latency import TIE_FRACTION
 from coordinator.learning import QUANTILE
@@ -58,6 +59,18 @@ class PlanningSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             le=1,
         ),
     ] = QUANTILE
+    revise_factor: Annotated[
+        float,
+        Meta(
+            title="shares are revised under way when a link has become faster or slower by this factor",
+            extra={"unit": "factor"},
+            gt=1,
+            le=1e6,
+        ),
+    ] = REVISE_FACTOR
+    revise_interval_s: Annotated[
+        float, Meta(title="time between two revisions of a round", extra={"unit": "s"}, ge=0, le=3_600)
+    ] = REVISE_INTERVAL_S
     expiry_s: Annotated[
         float, Meta(title="an agent unheard for so long counts as offline", extra={"unit": "s"}, ge=1, le=3_600)
     ] = EXPIRY_S

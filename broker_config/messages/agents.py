@@ -142,6 +142,17 @@ class ContextInfo(Struct, frozen=True, kw_only=True):
     ready: Annotated[tuple[RungName, ...], Meta(max_length=128)] | None = None
 
 
+class SendProgress(Struct, frozen=True, kw_only=True):
+    """A transfer that an agent is sending. moved_bytes of its payload were acknowledged by the receiver.
+
+    goodput_bps: how fast it moves, if nothing but the network (and its pace) held it back just now; None: not known.
+    """
+
+    transfer: Id
+    moved_bytes: Bytes
+    goodput_bps: BitsPerSecond | None = None
+
+
 class Telemetry(Message, frozen=True, kw_only=True, tag="telemetry"):
     """Every second, retained, so that a coordinator that starts late knows the fleet at once."""
 
@@ -153,5 +164,6 @@ class Telemetry(Message, frozen=True, kw_only=True, tag="telemetry"):
     link: LinkQuality
     speed: Speed | None
     contexts: Annotated[tuple[ContextInfo, ...], Meta(max_length=4_096)] = ()
+    sending: Annotated[tuple[SendProgress, ...], Meta(max_length=64)] = ()
     queued: Count = 0
     note: Reason = ""
