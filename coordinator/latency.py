@@ -8,8 +8,8 @@ many bits an element.
     ready     ½·rtt_sender, then, if p < n, the sender's work: prefill of n tokens (nothing if cached) and encoding of
               (n-p)·E elements. A sender with several links works them one after another, in the order of the scenario.
     prefill   of n tokens behind m: prefill_fixed + n / prefill_tps + prefill_s_per_token2 · (n² + 2nm), on either side
-    coding    elements / rate of the rung's family of codecs; a cache that is kept at the rung itself goes as it is, one
-              kept at another coded rung is decoded first
+    coding    elements / rate of the rung's family of codecs; a cache that is kept coded at the rung itself goes as it
+              is, one kept at another coded rung is decoded first
     transfer  bits / rate, and ½·(rtt_sender + rtt_receiver) for payload and acknowledgement. Token ids are at hand from
               the start: in a split, header and ids go first, the cache follows once it is ready.
     receiver  one compute resource, which works one thing after another in order of arrival: prefill of p tokens once
@@ -163,12 +163,16 @@ def prefill_s(speed: Speed | None, tokens: int, behind: int = 0) -> float:
 
 
 def encode_s(speed: Speed | None, elements: int, rung_name: str | None = None, kept: str | None = None) -> float:
-    """Seconds to encode so many cache elements at a rung, out of what is kept at another; 0 where not measured."""
+    """Seconds to encode so many cache elements at a rung, out of what is kept at another; 0 where not measured.
+
+    Nothing, if that is the same coded one; floats are packed in any case.
+    """
+    kept = None if kept == EXACT_RUNG else kept
     if speed is None or (kept is not None and kept == rung_name):
         return 0.0
     codec = _codec(speed, rung_name)
     rate = codec.encode_elements_per_s if codec else speed.encode_elements_per_s
-    again_s = decode_s(speed, elements, kept) if kept not in {None, EXACT_RUNG} else 0.0
+    again_s = decode_s(speed, elements, kept) if kept is not None else 0.0
     return (elements / rate if rate > 0 else 0.0) + again_s
 
 

@@ -13,15 +13,17 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.surprise import Surprise
+from edge_agent.surprise import LIMIT, Surprise
 
 Floats = NDArray[np.float64]
 
-NOISE = 0.08
-"""Relative scatter of one measurement."""
-COMMON, COMMON_DRIFT = 0.2, 0.06
+NOISE = 0.12
+"""Relative scatter of one measurement, where other work shares the machine."""
+JITTER_S, MOST_JITTER = 0.005, 0.3
+"""What comes to it for a short one: so many seconds, in relation to what it takes."""
+COMMON, COMMON_DRIFT = 0.15, 0.07
 """How wrong the figures may be by one factor: at the start, and more with every measurement."""
-APART: Floats = np.array([1.0, 0.15, 0.8])
+APART: Floats = np.array([1.0, 0.2, 1.0])
 """The same for each by itself; a start tells the second best."""
 APART_DRIFT = 0.05
 LEAST_FIXED_TOKENS, LEAST_AT_TOKENS, LEAST_SHARE = 3.0, 1_000, 0.02
@@ -39,7 +41,7 @@ class PrefillTime:
         start = np.maximum((fixed_s, per_token_s, per_token2_s), least)
         self._logs: Floats = np.clip(np.log(start), _SMALLEST, _LARGEST)
         self._spread: Floats = COMMON**2 + np.diag(APART**2)
-        self._surprise = Surprise()
+        self._surprise = Surprise(counts=LIMIT / 2)
 
     @property
     def terms(self) -> tuple[float, float, float]:
@@ -59,7 +61,8 @@ class PrefillTime:
         counts = parts / expected
         self._spread = _bounded(self._spread + COMMON_DRIFT**2 + np.diag((APART_DRIFT * APART) ** 2))
         seen = self._spread @ counts
-        gain = seen / (counts @ seen + NOISE**2)
+        noise = NOISE**2 + min(JITTER_S / expected, MOST_JITTER) ** 2
+        gain = seen / (counts @ seen + noise)
         self._logs = np.clip(self._logs + jump + gain * error, _SMALLEST, _LARGEST)
         self._spread = self._spread - np.outer(gain, seen)
         self._spread = (self._spread + self._spread.T) / 2

@@ -14,14 +14,16 @@ WEIGHT = 0.4
 """Weight of a new measurement: fast enough to follow throttling, slow enough to ride out one slow run."""
 SLOWEST, FASTEST = 1e-9, 1e15
 FAMILIES_KEPT = 16
+CODINGS_BELIEVED = 3
+"""The parts of one question are coded at the same time and slow each other: two odd ones may be one event."""
 
 
 class Rate:
     """Something per second, as a moving average of logarithms."""
 
-    def __init__(self, value: float) -> None:
+    def __init__(self, value: float, *, believed: int = 2) -> None:
         self.value = min(max(value, SLOWEST), FASTEST)
-        self._surprise = Surprise()
+        self._surprise = Surprise(believed=believed)
 
     def measured(self, amount: float, seconds: float) -> None:
         """So much took so long."""
@@ -33,7 +35,8 @@ class Coding:
     """Elements per second, encoded and decoded, of one family of rungs."""
 
     def __init__(self, encode_elements_per_s: float, decode_elements_per_s: float) -> None:
-        self.encode, self.decode = Rate(encode_elements_per_s), Rate(decode_elements_per_s)
+        self.encode = Rate(encode_elements_per_s, believed=CODINGS_BELIEVED)
+        self.decode = Rate(decode_elements_per_s, believed=CODINGS_BELIEVED)
 
 
 class SpeedMeter:

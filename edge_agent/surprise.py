@@ -1,4 +1,4 @@
-"""One odd measurement is an accident, two in a row in one direction are a change."""
+"""One odd measurement is an accident, several in a row in one direction are a change."""
 
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ LIMIT = 0.4
 
 
 class Surprise:
-    """Judges a series of logarithms of ratios of measured to expected."""
+    """Judges a series of logarithms of ratios of measured to expected. believed: so many in a row are a change; before
+    that an odd one counts as much as one of `counts`."""
 
-    def __init__(self) -> None:
-        self._before = 0.0
+    def __init__(self, *, believed: int = 2, counts: float = LIMIT) -> None:
+        self._believed, self._counts = believed, counts
+        self._row: list[float] = []
 
     def split(self, error: float) -> tuple[float, float]:
         """How much to take over at once, and how large an error (LIMIT at most) to learn from as usual.
 
-        The first odd one counts half of LIMIT; what a second one in its direction has in common with it is taken over.
+        Once there are enough odd ones, what they have in common is taken over.
         """
-        before, self._before = self._before, 0.0
         if abs(error) <= LIMIT:
+            self._row.clear()
             return 0.0, error
-        self._before = error
-        if before * error <= 0:
-            return 0.0, math.copysign(LIMIT / 2, error)
-        jump = math.copysign(min(abs(before), abs(error)), error)
-        self._before = error - jump if abs(error - jump) > LIMIT else 0.0
+        if self._row and self._row[-1] * error < 0:
+            self._row.clear()
+        self._row.append(error)
+        if len(self._row) < self._believed:
+            return 0.0, math.copysign(self._counts, error)
+        jump = math.copysign(min(map(abs, self._row)), error)
+        self._row.clear()
         return jump, min(max(error - jump, -LIMIT), LIMIT)

@@ -142,6 +142,7 @@ def test_coding_is_as_fast_as_the_rungs_family_and_costs_nothing_where_a_cache_i
     assert encode_s(CODING, 600) == encode_s(CODING, 600, "q8") == encode_s(CODING, 600, "q8", "float32") == 600 / 6e7
     assert encode_s(CODING, 600, "klt5-h50") == 600 / 1e6
     assert encode_s(CODING, 600, "klt5", "klt5") == 0.0
+    assert encode_s(CODING, 600, "float32", "float32") == 600 / 6e7
     assert encode_s(CODING, 600, "klt5", "klt3") == 600 / 1e6 + 600 / 2e6
     assert decode_s(CODING, 600, "klt5") == 600 / 2e6
     assert decode_s(CODING, 600) == decode_s(CODING, 600, "fp16") == 600 / 1.2e8

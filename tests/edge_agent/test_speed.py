@@ -123,8 +123,14 @@ def test_no_error_is_taken_over_beyond_what_was_measured(errors: list[float]) ->
 
 def test_the_second_surprise_in_one_direction_is_believed_and_one_in_another_is_not() -> None:
     surprise = Surprise()
-    assert surprise.split(2.0) == (0.0, LIMIT / 2)
-    assert surprise.split(-1.0) == (0.0, -LIMIT / 2)
-    jump, rest = surprise.split(-1.5)
-    assert (jump, rest) == (-1.0, -LIMIT)
+    assert surprise.split(2.0) == (0.0, LIMIT)
+    assert surprise.split(-1.0) == (0.0, -LIMIT)
+    assert surprise.split(-1.5) == (-1.0, -LIMIT)
     assert surprise.split(0.1) == (0.0, 0.1)
+    assert surprise.split(-1.0) == (0.0, -LIMIT)
+
+
+def test_who_is_harder_to_convince_needs_more_of_them() -> None:
+    surprise = Surprise(believed=3, counts=0.1)
+    found = [surprise.split(error) for error in (1.0, 2.0, 3.0, 3.0, 2.0, 0.1, -2.0)]
+    assert found == [(0, 0.1), (0, 0.1), (1.0, LIMIT), (0, 0.1), (0, 0.1), (0, 0.1), (0, -0.1)]
