@@ -100,11 +100,13 @@ def achieved(link: LinkPlan, outcome: SendOutcome, *, paced: bool, factor: float
     working_s = outcome.encode_s + (outcome.prefill_s if link.own_tokens else 0.0)  # in a split the ids go before it
     if outcome.transfer_s <= 0 or working_s > WORKED_SHARE * outcome.transfer_s:
         return None
-    waiting_s = max(0.0, link.predicted.transfer_s - 8 * link.planned_bytes / link.share_bps)
+    predicted_s, planned_bits = link.predicted.transfer_s, 8.0 * link.planned_bytes
+    planned_bps = max(link.share_bps, planned_bits / predicted_s) if predicted_s > 0 else link.share_bps  # it may rise
+    waiting_s = max(0.0, predicted_s - planned_bits / planned_bps)
     moving_s = outcome.transfer_s - waiting_s
     if moving_s < outcome.transfer_s / 2:
         return None
-    ratio = 8 * outcome.payload_bytes / moving_s / link.share_bps
+    ratio = 8 * outcome.payload_bytes / moving_s / planned_bps
     if paced and ratio >= KEPT_PACE:
         return max(factor, min(1.0, PROBING * factor))
     return _clip(ratio * factor, LEAST_FACTOR / 2, 2 * LARGEST_FACTOR)

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from broker_config.messages import LinkReport, Stages
-from coordinator.latency import Link, Scenario, payload_bytes
+from coordinator.latency import Decision, Link, Prediction, Scenario, payload_bytes
 from coordinator.policy.rungs import raise_rungs
-from coordinator.policy.shares import Allocation, Flags, Shares
+from coordinator.policy.shares import Allocation, Shares
+from coordinator.table import Flags
 
 Medium = Literal["tokens", "cache", "split"]
 
@@ -135,13 +136,14 @@ class BinaryPolicy:
                 policy=self.name, requests=(), predicted_e2e_s=0.0, predicted_question_s=0.0, within_s=0.0, known=True
             )
         shares = Shares(scenario)
-        return describe(self.name, scenario, raise_rungs(shares, shares.allocate(self.media(shares))))
+        base = shares.allocate(shares.own_of(self.media(shares)))
+        return describe(self.name, scenario, raise_rungs(shares, base))
 
 
 def describe(policy: str, scenario: Scenario, allocation: Allocation) -> Plan:
     """An allocation as a plan."""
     prediction = allocation.prediction
-    links = [_link_plan(scenario, index, allocation) for index in range(len(scenario.links))]
+    links = [_link_plan(scenario, index, decision, prediction) for index, decision in enumerate(allocation.decisions)]
     requests = tuple(
         RequestPlan(
             request=terms.request,
@@ -171,8 +173,8 @@ def _medium(link: Link, own_tokens: int) -> Medium:
     return "split" if own_tokens else "cache"
 
 
-def _link_plan(scenario: Scenario, index: int, allocation: Allocation) -> LinkPlan:
-    link, decision = scenario.links[index], allocation.decisions[index]
+def _link_plan(scenario: Scenario, index: int, decision: Decision, prediction: Prediction) -> LinkPlan:
+    link = scenario.links[index]
     rung = decision.rung or link.reference
     return LinkPlan(
         request=scenario.requests[link.request].request,
@@ -189,11 +191,13 @@ def _link_plan(scenario: Scenario, index: int, allocation: Allocation) -> LinkPl
         share_bps=decision.rate_bps,
         sender_pressure=link.sender_pressure,
         receiver_pressure=link.receiver_pressure,
-        planned_bytes=payload_bytes(link, decision.own_tokens, decision.rung, scenario.header_bytes),
+        planned_bytes=payload_bytes(
+            link, decision.own_tokens, decision.rung, scenario.header_bytes, scenario.slice_tokens
+        ),
         fp16_bytes=2 * link.tokens * link.elements_per_token,
         text_bytes=link.tokens * link.bytes_per_token_id,
-        predicted=allocation.prediction.stages[index],
-        arrive_s=allocation.prediction.arrive_s[index],
+        predicted=prediction.stages[index],
+        arrive_s=prediction.arrive_s[index],
         known=link.known,
         note=link.note,
     )

@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from coordinator.policy.base import BinaryPolicy
-from coordinator.policy.shares import Flags, Shares
+from coordinator.policy.shares import Shares
+from coordinator.table import Flags
 
 
 class TokenPolicy(BinaryPolicy):

@@ -13,7 +13,8 @@ from __future__ import annotations
 import numpy as np
 
 from coordinator.policy.base import BinaryPolicy
-from coordinator.policy.shares import Allocation, Flags, Shares
+from coordinator.policy.shares import Allocation, Shares
+from coordinator.table import Flags
 
 TIE_S = 1e-9
 
@@ -28,13 +29,13 @@ class JmsraPolicy(BinaryPolicy):
         tokens, caches = np.zeros_like(shares.may_cache), shares.may_cache.copy()
         choices = (tokens, caches, greedy(shares, tokens), greedy(shares, caches))
         distinct = {choice.tobytes(): choice for choice in choices}
-        return best([shares.allocate(choice) for choice in distinct.values()]).cache
+        return best([shares.allocate(shares.own_of(choice)) for choice in distinct.values()]).carries
 
 
 def best(allocations: list[Allocation]) -> Allocation:
     """The lowest E2E; among those within TIE_S of it the fewest bits, then the one that comes first."""
-    lowest_s = min(allocation.prediction.e2e_s for allocation in allocations)
-    tied = [allocation for allocation in allocations if allocation.prediction.e2e_s <= lowest_s + TIE_S]
+    lowest_s = min(allocation.e2e_s for allocation in allocations)
+    tied = [allocation for allocation in allocations if allocation.e2e_s <= lowest_s + TIE_S]
     return min(tied, key=lambda allocation: allocation.bits)
 
 
@@ -42,19 +43,19 @@ def greedy(shares: Shares, start: Flags) -> Flags:
     """Flips the link that lowers the round's E2E most, until none does. Both directions of a flip are open."""
     cache, free = start, np.flatnonzero(shares.may_cache)
     tightest = shares.tightest()
-    at_start = shares.least(shares.rows(cache[None, :], tightest))
+    at_start = shares.least(shares.rows(shares.own_of(cache)[None, :], tightest))
     if not free.size or at_start is None:
         return cache
     now_s = at_start[1]
     while True:
         flips = np.repeat(cache[None, :], len(free), axis=0)
         flips[np.arange(len(free)), free] ^= True
-        rows = shares.rows(flips, tightest)
+        rows = shares.rows(shares.own_of(flips), tightest)
         found = shares.least(rows, below_s=now_s - TIE_S)
         if found is None:
             return cache
         tied, now_s = found
-        cache = flips[tied[np.argmin(rows.bits[tied].sum(axis=-1))]]
+        cache = flips[tied[np.argmin(rows.sent_bits[tied])]]
 
 
 def switching_rate(bits_kv: float, bits_nl: float, compute_kv_s: float, compute_nl_s: float) -> float | None:

@@ -13,7 +13,8 @@ import numpy as np
 
 from broker_config.messages import ModelInfo, Rung
 from coordinator.errors import RequestImpossible
-from coordinator.policy.shares import Allocation, Floats, Shares
+from coordinator.policy.shares import Allocation, Shares
+from coordinator.table import Floats
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def raise_rungs(shares: Shares, base: Allocation) -> Allocation:
     """
     limits_s = _limits(shares, base)
     rungs = list(base.rungs)
-    climbing = {index for index, cache in enumerate(base.cache) if cache}
+    climbing = set(np.flatnonzero(base.carries).tolist())
     links = shares.scenario.links
     while climbing:
         index = min(climbing, key=lambda i: (-links[i].rungs[rungs[i]].kl, i))
@@ -78,7 +79,7 @@ def raise_rungs(shares: Shares, base: Allocation) -> Allocation:
             rungs[index] += 1
     if tuple(rungs) == base.rungs:
         return base
-    return shares.allocate_within(base.cache, tuple(rungs), limits_s) or base
+    return shares.allocate_within(base.own, tuple(rungs), limits_s) or base
 
 
 def _climbed(rungs: list[int], index: int) -> tuple[int, ...]:
@@ -86,18 +87,16 @@ def _climbed(rungs: list[int], index: int) -> tuple[int, ...]:
 
 
 def _fits(shares: Shares, base: Allocation, rungs: tuple[int, ...], limits_s: Floats) -> bool:
-    rows = shares.rows(base.cache[None, :], rungs)
+    rows = shares.rows(base.own[None, :], rungs)
     return bool(shares.rates(rows, float("inf"), limits_s)[1][0])
 
 
 def _limits(shares: Shares, base: Allocation) -> Floats:
     """Per link, until when its receiver must have ended all its requests (the earliest limit of them)."""
-    scenario, prediction = shares.scenario, base.prediction
+    scenario, found_s = shares.scenario, base.found.request_e2e_s.tolist()
     limit_s: dict[str, float] = {}
-    for terms, e2e_s in zip(scenario.requests, prediction.request_e2e_s, strict=True):
-        if terms.deadline_s is None:
-            own_s = prediction.e2e_s * (1 + scenario.tie_fraction)
-        else:
-            own_s = max(terms.deadline_s, e2e_s)
+    for terms, e2e_s in zip(scenario.requests, found_s, strict=True):
+        tied_s = base.e2e_s * (1 + scenario.tie_fraction)
+        own_s = tied_s if terms.deadline_s is None else max(terms.deadline_s, e2e_s)
         limit_s[terms.receiver] = min(own_s, limit_s.get(terms.receiver, float("inf")))
     return np.array([limit_s[link.receiver] for link in scenario.links])

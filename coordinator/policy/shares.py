@@ -1,177 +1,200 @@
-"""Shares of the channels for given media: min-max E2E by bisection (methods, section 2; design, "Links and channels").
+"""Shares of the channels for given splits: min-max E2E by bisection (methods, section 2; design, "Links and channels").
 
-Airtime model: for every channel c, Σ_i rate_i / alone_ic ≤ free_c. For a fixed choice of media a round can end by T iff
-each link arrives early enough. A receiver works serially, so its parts get deadlines: token parts first (their bits are
-few and their work is much), then caches in the order in which they are ready; the k-th may arrive at T less the work
-from k on, the questions, and half a round trip. With that,
+For a choice of how many tokens each receiver prefills itself, a round can end by T iff each link's bits arrive early
+enough. That is up to five demands on a link's rate, each of so many bits between some moment and T:
 
-    rate_i(T) = bits_i / (T - offset_i),    offset_i = ready + transfer overheads + receiver work from i on + question
+    all     all slices, from when the sender has made the first
+    whole   ids and slices, from the order on
+    last    a slice, from when the sender has made the last one
+    first   a slice, from when the first is made, early enough for the receiver to decode all that comes
+    ids     the ids, early enough for the receiver to prefill its tokens, and all else that it has to do
+
+    rate_i(T) = max over demands of bits / (T - offset),   offset = moment + ways + what the receiver does after it
 
 T is feasible iff all rates exist and every channel holds them; the rates fall in T, so bisection finds the least T.
-The airtime that is left when the tightest channel is full is then given out (`fill`), and the evaluator says what the
-round takes: never more than T, and less where an earlier arrival lets the receiver start earlier.
+The capacity that is left when the tightest channel is full is then given out (`fill`), and the evaluator says what the
+round takes: less than T where an earlier arrival lets the receiver start earlier.
 
-Many choices of media are searched at once: `least` bisects on one T for all of them and drops what cannot keep up.
+Many choices are searched at once: `least` bisects on one T for all of them and drops what cannot keep up.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from coordinator.latency import (
-    Decision,
-    Prediction,
-    Scenario,
-    decode_s,
-    encode_s,
-    evaluate,
-    ids_bits,
-    prefill_s,
-    question_s,
-)
-
-Floats = NDArray[np.float64]
-Flags = NDArray[np.bool_]
+from broker_config.messages import Rung
+from coordinator.latency import Decision, Prediction, Scenario
+from coordinator.table import Flags, Floats, Ints, Table
+from coordinator.timeline import Course, Timeline, predicted, timeline
 
 BISECTIONS = 60
 ROUNDING = 1e-12
 LONGEST_S = 1e9
+MOST_GROWTH = 1e6
+"""Of a rate, when a channel is given out."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """M choices of media for the K links. bits, offset_s: (M, K) float64."""
+    """M choices for the K links. bits, offset_s: (5, M, K) float64, by demand; one without bits only needs its time."""
 
     bits: Floats
     offset_s: Floats
 
-    def __getitem__(self, index: Flags | NDArray[np.intp]) -> Rows:
-        return Rows(self.bits[index], self.offset_s[index])
+    def __getitem__(self, index: Flags | Ints) -> Rows:
+        return Rows(self.bits[:, index], self.offset_s[:, index])
+
+    @property
+    def sent_bits(self) -> Floats:
+        """What travels in all, (M,)."""
+        return np.asarray(np.maximum(self.bits[1], self.bits[-1]).sum(axis=-1))
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """One choice of media with its rates. within_s is the T that bisection guarantees, prediction what comes of it."""
+    """One choice with its rates. own: (K,) tokens; within_s: the T that bisection guarantees, or what comes of it."""
 
-    cache: Flags
+    table: Table
+    own: Floats
     rungs: tuple[int, ...]
-    decisions: tuple[Decision, ...]
+    course: Course
     within_s: float
     bits: float
-    prediction: Prediction
+    found: Timeline
+
+    @property
+    def e2e_s(self) -> float:
+        """Of the round, as the evaluator sees it."""
+        return self.found.e2e_s
+
+    @property
+    def carries(self) -> Flags:
+        """(K,) bool: which links carry entries of a cache."""
+        return np.asarray(self.own < self.table.tokens)
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """By link."""
+        links, steps = self.table.scenario.links, self.course.steps_s[1:].tolist()
+        return tuple(
+            Decision(
+                own_tokens=int(own),
+                rung=link.rungs[rung] if own < link.tokens else None,
+                rate_bps=rates[0],
+                later=tuple(zip(steps, rates[1:], strict=True)),
+            )
+            for link, own, rung, rates in zip(
+                links, self.own.tolist(), self.rungs, self.course.rates.tolist(), strict=True
+            )
+        )
+
+    @property
+    def prediction(self) -> Prediction:
+        """The timeline as a value."""
+        return predicted(self.table, self.found)
 
 
 class Shares:
-    """A scenario as arrays, for the questions a policy asks of it. cache: (M, K) bool, rungs: (K,) index per link."""
+    """The questions a policy asks of a scenario. own: (M, K) tokens by row, rungs: (K,) index of a rung per link."""
 
-    def __init__(self, scenario: Scenario) -> None:
-        links = scenario.links
+    def __init__(self, scenario: Scenario, table: Table | None = None) -> None:
         self.scenario = scenario
-        self.may_cache: Flags = np.array([link.may_cache for link in links], dtype=bool)
-        self._measured: Flags = np.array([link.measured for link in links], dtype=bool)
-        elements = [link.tokens * link.elements_per_token for link in links]
-        self._elements = np.array(elements, dtype=np.float64)
-        self._header_bits = np.array([ids_bits(link, 0, scenario.header_bytes) for link in links])
-        self._ids_bits = np.array([ids_bits(link, link.tokens, scenario.header_bytes) for link in links])
-        self._order_s = np.array([link.sender_rtt_s / 2 for link in links])
-        self._back_s = np.array([(link.sender_rtt_s + link.receiver_rtt_s) / 2 for link in links])
-        self._sender_prefill_s = np.array(
-            [0.0 if link.cached else prefill_s(link.sender_speed, link.tokens) for link in links]
-        )
-        self._prefill_s = np.array([prefill_s(link.receiver_speed, link.tokens) for link in links])
-        self._senders_share = len({link.sender for link in links}) < len(links)
-        self._before_at_sender = np.array(
-            [[float(a.sender == b.sender and j <= i) for j, b in enumerate(links)] for i, a in enumerate(links)]
-        ).T
-        self._set_receivers()
-        self._set_channels()
+        self.table = table or Table(scenario)
+        self._coded: dict[tuple[int, ...], tuple[Floats, Floats, Floats]] = {}
+        self._tightest = (0,) * self.table.count
 
-    def _set_receivers(self) -> None:
-        """Blocks of links by receiver, and what follows the parts there: all questions of the receiver."""
-        links = self.scenario.links
-        names = sorted({link.receiver for link in links})
-        self._receiver = np.array([names.index(link.receiver) for link in links], dtype=np.intp)
-        blocks = np.sort(self._receiver)
-        self._block_end = np.searchsorted(blocks, blocks, side="right")
-        questions = dict.fromkeys(names, 0.0)
-        for index, terms in enumerate(self.scenario.requests):
-            if terms.receiver in questions:
-                questions[terms.receiver] += question_s(self.scenario, index)
-        self._after_s = np.array(
-            [questions[link.receiver] + link.receiver_rtt_s / 2 + link.receiver_overhead_s for link in links]
-        )
-
-    def _set_channels(self) -> None:
-        links = self.scenario.links
-        names = sorted({name for link in links for name, _ in link.channels})
-        self._free = np.array([self.scenario.airtime_free.get(name, 1.0) for name in names])
-        self._airtime: Floats = np.zeros((len(links), len(names)))
-        for index, link in enumerate(links):
-            if link.measured:
-                for name, alone_bps in link.channels:
-                    self._airtime[index, names.index(name)] += 1 / alone_bps
+    @property
+    def may_cache(self) -> Flags:
+        """(K,) bool: which links may carry entries."""
+        return self.table.may_cache
 
     def tightest(self) -> tuple[int, ...]:
         """The tightest allowed rung of every link."""
-        return (0,) * len(self.scenario.links)
+        return self._tightest
 
-    def rows(self, cache: Flags, rungs: tuple[int, ...]) -> Rows:
-        """Bits and offsets of these choices of media."""
-        width = np.array(
-            [
-                link.rungs[rung].bits_per_element if link.rungs else 0.0
-                for link, rung in zip(self.scenario.links, rungs, strict=True)
+    def own_of(self, cache: Flags) -> Floats:
+        """Tokens that receivers prefill if these links carry their whole cache and the others none."""
+        return np.where(cache & self.may_cache, 0.0, self.table.tokens)
+
+    def coded(self, rungs: tuple[int, ...]) -> tuple[Floats, Floats, Floats]:
+        """(bits, encoding seconds, decoding seconds) of a token's entries, (K,) each."""
+        if rungs not in self._coded:
+            links = self.scenario.links
+            chosen: Sequence[Rung | None] = [
+                link.rungs[rung] if link.rungs else None for link, rung in zip(links, rungs, strict=True)
             ]
-        )
-        bits = np.where(cache, self._header_bits + self._elements * width, self._ids_bits) * self._measured
-        encode, decode = self._coding_s(rungs)
-        sender_work = np.where(cache, self._sender_prefill_s + encode, 0.0)
-        if self._senders_share:
-            sender_work = np.where(cache, sender_work @ self._before_at_sender, 0.0)
-        ready = self._order_s + sender_work
-        work = np.where(cache, decode, self._prefill_s)
-        receiver = np.broadcast_to(self._receiver, cache.shape)
-        order = np.lexsort((ready, cache, receiver), axis=-1)
-        upto = np.cumsum(np.take_along_axis(work, order, axis=-1), axis=-1)
-        before = np.concatenate([np.zeros((len(cache), 1)), upto], axis=-1)
-        tail = np.empty_like(work)
-        np.put_along_axis(tail, order, before[:, self._block_end] - before[:, :-1], axis=-1)
-        return Rows(bits, ready + self._back_s + tail + self._after_s)
+            bits = np.array([0.0 if rung is None else rung.bits_per_element for rung in chosen])
+            self._coded[rungs] = (bits * self.table.elements, *self.table.coding_s(chosen))
+        return self._coded[rungs]
 
-    def _coding_s(self, rungs: tuple[int, ...]) -> tuple[Floats, Floats]:
-        """Seconds of coding each link's whole cache at these rungs, at the sender and at the receiver, (K,) each."""
-        coding = [
-            (
-                encode_s(link.sender_speed, size, name, link.kept if link.cached else None),
-                decode_s(link.receiver_speed, size, name),
-            )
-            for link, size, name in (
-                (link, link.tokens * link.elements_per_token, link.rungs[rung].name if link.rungs else None)
-                for link, rung in zip(self.scenario.links, rungs, strict=True)
-            )
-        ]
-        encode, decode = np.array(coding, dtype=np.float64).reshape(-1, 2).T
-        return encode, decode
+    def rows(self, own: Floats, rungs: tuple[int, ...]) -> Rows:
+        """Bits and offsets of these choices, own (M, K)."""
+        table = self.table
+        token_bits, encode_token_s, decode_token_s = self.coded(rungs)
+        sent = table.sent_tokens(own)
+        carries, prefills = sent > 0, own > 0
+        first = np.minimum(table.slice_tokens, sent)
+        produce_s = np.where(carries, table.produce_s(table.tokens), 0.0) + encode_token_s * sent
+        start_s = table.order_s + table.before_at_sender(produce_s)
+        begin_s = start_s + table.produce_s(table.tokens - sent + first) + encode_token_s * first
+        prefill_s, decode_s = table.prefill_s(own), decode_token_s * sent
+        order = self._order(begin_s)
+        slices_s = self._behind(np.where(carries, decode_token_s * first, 0.0), order)
+        decodes_s = self._behind(decode_s, order)
+        text_s = table.order_s + table.text_token_s * own * (1 - table.text_at_once(own))
+        works_s = (
+            self._behind(prefill_s, self._order(text_s)) + table.receivers.sums(decode_s)[..., table.receivers.index]
+        )
+        back_s = table.back_s + table.after_s
+        text_ready_s = table.order_s + table.text_token_s * own
+        moments = (
+            begin_s + slices_s,
+            table.order_s + slices_s,
+            start_s + produce_s + slices_s,
+            begin_s + decodes_s,
+            text_s + works_s,
+        )
+        sizes = (
+            sent * token_bits,
+            np.where(carries, table.head_bits + sent * token_bits, 0.0),
+            np.where(carries, first * token_bits, 0.0),
+            np.where(carries, first * token_bits, 0.0),
+            np.broadcast_to(table.head_bits, sent.shape),
+        )
+        last_text_s = np.where(prefills, text_ready_s + prefill_s * table.text_at_once(own), 0.0)
+        offsets = [np.where(carries, each, 0.0) + back_s for each in moments[:-1]]
+        offsets.append(np.maximum(moments[-1], last_text_s) + back_s)
+        bits = np.stack([np.broadcast_to(size, sent.shape) for size in sizes]) * table.measured
+        return Rows(bits, np.stack(offsets))
+
+    def _order(self, moment_s: Floats) -> Ints:
+        receiver = np.broadcast_to(self.table.receivers.index, moment_s.shape)
+        return np.asarray(np.lexsort((moment_s, receiver), axis=-1))
+
+    def _behind(self, work_s: Floats, order: Ints) -> Floats:
+        """What a receiver does from each link on, in an order."""
+        if self.table.receivers.alone:
+            return work_s
+        return self.table.receivers.behind(work_s, order)
 
     def rates(self, rows: Rows, within_s: float, limits_s: Floats | None = None) -> tuple[Floats, Flags]:
         """The least rates (M, K) that end each row by within_s (each link also by its limit), and which rows may."""
         ends = within_s if limits_s is None else np.minimum(within_s, limits_s)
         gap = ends - rows.offset_s
-        possible = np.all((gap > 0) | ((rows.bits == 0) & (gap >= 0)), axis=-1)
-        rates = np.divide(rows.bits, gap, out=np.zeros_like(gap), where=gap > 0)
-        return rates, possible & np.all(rates @ self._airtime <= self._free * (1 + ROUNDING), axis=-1)
+        possible = np.all((gap > 0) | ((rows.bits == 0) & (gap >= 0)), axis=(0, -1))
+        rates = np.divide(rows.bits, gap, out=np.zeros_like(gap), where=gap > 0).max(axis=0)
+        fits = np.all(self.table.used(rates) <= self.table.free * (1 + ROUNDING), axis=-1)
+        return rates, possible & fits
 
-    def least(
-        self, rows: Rows, below_s: float = np.inf, limits_s: Floats | None = None
-    ) -> tuple[NDArray[np.intp], float] | None:
+    def least(self, rows: Rows, below_s: float = np.inf, limits_s: Floats | None = None) -> tuple[Ints, float] | None:
         """The rows that can end earliest (several if they tie), and when. None if no row ends by below_s and limits."""
-        low = float(rows.offset_s.max(axis=-1).min())
+        low = float(rows.offset_s.max(axis=(0, -1)).min())
         high = float(self._upper_s(rows).min()) if below_s == np.inf else below_s
         feasible = self.rates(rows, high, limits_s)[1]
-        if below_s == np.inf and limits_s is not None and self.rates(rows, np.inf, limits_s)[1].any():
+        if below_s == np.inf and self.rates(rows, np.inf, limits_s)[1].any():
             # What some links must have early, others wait for: longer than if nothing were limited.
             while not feasible.any() and high < LONGEST_S:
                 high *= 2
@@ -182,7 +205,7 @@ class Shares:
         rows = rows[active]
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
-            if not low < middle < high:
+            if not low < middle < high or high - low <= ROUNDING * high:
                 break
             feasible = self.rates(rows, middle, limits_s)[1]
             if feasible.any():
@@ -194,49 +217,63 @@ class Shares:
         return active, high
 
     def _upper_s(self, rows: Rows) -> Floats:
-        """A T at which each row is surely feasible: if every link had only the gap of the latest one."""
-        gap = np.max(rows.bits @ self._airtime / self._free, axis=-1, initial=0.0)
-        latest = rows.offset_s.max(axis=-1)
+        """A T at which each row is surely feasible (airtime): if every link had only the gap of the latest one."""
+        gap = np.max(self.table.used(rows.bits.max(axis=0)) / self.table.free, axis=-1, initial=0.0)
+        latest = rows.offset_s.max(axis=(0, -1))
         return np.asarray(latest + gap + 1e-9 * (latest + gap), dtype=np.float64)
 
-    def allocate(self, cache: Flags, rungs: tuple[int, ...] | None = None) -> Allocation:
-        """Min-max rates for one choice of media, (K,) bool, with what they predict. Without rungs: the tightest."""
-        rungs = self.tightest() if rungs is None else rungs
-        unlimited = np.full(len(cache), np.inf)
-        found = self.allocate_within(cache, rungs, unlimited)
+    def allocate(self, own: Floats, rungs: tuple[int, ...] | None = None) -> Allocation:
+        """Min-max rates for one choice, (K,), with what they predict. Without rungs: the tightest."""
+        unlimited = np.full(self.table.count, np.inf)
+        found = self.allocate_within(own, self.tightest() if rungs is None else rungs, unlimited)
         if found is None:
             raise ArithmeticError("no rates for an unlimited round: a figure of the scenario is not finite")
         return found
 
-    def allocate_within(self, cache: Flags, rungs: tuple[int, ...], limits_s: Floats) -> Allocation | None:
+    def allocate_within(self, own: Floats, rungs: tuple[int, ...], limits_s: Floats) -> Allocation | None:
         """The same, each link's receiver done by the link's limit (K,). None if that cannot be."""
-        rows = self.rows(cache[None, :], rungs)
+        rows = self.rows(own[None, :], rungs)
         found = self.least(rows, limits_s=limits_s)
         if found is None:
             return None
-        within_s = found[1]
-        rates = self.fill(self.rates(rows, within_s, limits_s)[0][0])
-        decisions = tuple(
-            Decision(
-                own_tokens=0 if as_cache else link.tokens,
-                rung=link.rungs[rung] if as_cache else None,
-                rate_bps=float(rate),
-            )
-            for link, as_cache, rung, rate in zip(self.scenario.links, cache, rungs, rates, strict=True)
-        )
-        prediction = evaluate(self.scenario, decisions)
-        return Allocation(cache, rungs, decisions, within_s, float(rows.bits.sum()), prediction)
+        rates = self.fill(self.rates(rows, found[1], limits_s)[0][0])
+        course = Course(own, *self.coded(rungs), rates[:, None])
+        timed = timeline(self.table, course)
+        return Allocation(self.table, own, rungs, course, max(found[1], timed.e2e_s), float(rows.sent_bits[0]), timed)
 
     def fill(self, rates: Floats) -> Floats:
-        """Gives out what is left: all rates grow alike, until a channel is full; then those that do not pass it."""
-        rates = rates.copy()
-        growing = rates > 0
-        for _ in range(len(self._free)):
-            moving = np.where(growing, rates, 0.0) @ self._airtime
-            if not np.any(moving > 0):
+        """Gives out what is left: all rates grow alike, until a channel is full; then those that do not pass it.
+
+        In each turn every channel that is the tightest of all its growing links is filled.
+        """
+        table, rates = self.table, rates.copy()
+        growing = (rates > 0) & table.measured
+        while growing.any():
+            room = self._room(rates, growing)
+            level = table.least_on_way(room)
+            moving = growing[table.pair_link]
+            reached = np.where(moving, level[table.pair_link], np.inf)
+            tightest = np.minimum.reduceat(reached, table.channel_starts) >= room * (1 - ROUNDING)
+            filled = np.zeros(table.count, dtype=bool)
+            filled[table.pair_link[moving & tightest[table.pair_channel]]] = True
+            if not filled.any():
                 break
-            left = np.maximum(self._free - rates @ self._airtime, 0.0)
-            room = np.divide(left, moving, out=np.full_like(left, np.inf), where=moving > 0)
-            rates[growing] *= 1 + room.min()
-            growing &= ~np.any(self._airtime[:, room <= room.min() + ROUNDING] > 0, axis=-1)
+            rates[filled] *= 1 + level[filled]
+            growing &= ~filled
         return rates
+
+    def _room(self, rates: Floats, growing: Flags) -> Floats:
+        """By what share the growing rates may grow before each channel is full; infinite where none does."""
+        table = self.table
+        used = table.used(np.where(growing, rates, 0.0))
+        if not table.fdma:
+            left = np.maximum(table.free - table.used(rates), 0.0)
+            return np.divide(left, used, out=np.full_like(left, np.inf), where=used > 0)
+        low, high = np.zeros_like(used), np.full_like(used, MOST_GROWTH)
+        pair_rates, moving = rates[table.pair_link], growing[table.pair_link]
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            grown = pair_rates * np.where(moving, 1 + middle[table.pair_channel], 1.0)
+            fits = table.used_by_pairs(grown) <= table.free
+            low, high = np.where(fits, middle, low), np.where(fits, high, middle)
+        return np.where(used > 0, low, np.inf)

@@ -15,7 +15,8 @@ from coordinator.latency import Scenario
 from coordinator.policy import POLICIES
 from coordinator.policy.fixed import CachePolicy, TokenPolicy
 from coordinator.policy.jmsra import JmsraPolicy, cache_wins, switching_rate
-from coordinator.policy.shares import Flags, Shares
+from coordinator.policy.shares import Shares
+from coordinator.table import Flags
 from tests.coordinator.builders import (
     ELEMENTS_PER_TOKEN,
     LADDER,
@@ -38,7 +39,7 @@ def every_choice(shares: Shares) -> Flags:
 def brute_force_s(scenario: Scenario) -> float:
     """The least T over all media vectors: what the min-max search aims at."""
     shares = Shares(scenario)
-    found = shares.least(shares.rows(every_choice(shares), shares.tightest()))
+    found = shares.least(shares.rows(shares.own_of(every_choice(shares)), shares.tightest()))
     assert found is not None
     return found[1]
 
@@ -55,7 +56,7 @@ def test_jmsra_is_never_better_than_brute_force_and_close_to_it_on_average() -> 
         scenario = drawn(seed)
         shares = Shares(scenario)
         optimum_s = brute_force_s(scenario)
-        mine_s = shares.allocate(JmsraPolicy().media(shares)).within_s
+        mine_s = shares.allocate(shares.own_of(JmsraPolicy().media(shares))).within_s
         assert mine_s >= optimum_s - SEARCH_S
         gaps.append(mine_s / optimum_s - 1)
     assert np.mean(gaps) < MEAN_GAP
@@ -67,8 +68,8 @@ def test_what_the_evaluator_says_of_jmsra_is_never_below_the_best_of_all_media_v
     for seed in range(20):
         scenario = drawn(seed, at_most=6)
         shares = Shares(scenario)
-        lowest_s = min(shares.allocate(choice).prediction.e2e_s for choice in every_choice(shares))
-        mine_s = shares.allocate(JmsraPolicy().media(shares)).prediction.e2e_s
+        lowest_s = min(shares.allocate(shares.own_of(choice)).prediction.e2e_s for choice in every_choice(shares))
+        mine_s = shares.allocate(shares.own_of(JmsraPolicy().media(shares))).prediction.e2e_s
         assert mine_s >= lowest_s - SEARCH_S
         gaps.append(mine_s / lowest_s - 1)
     assert np.mean(gaps) < MEAN_GAP
@@ -78,7 +79,7 @@ def test_what_the_evaluator_says_of_jmsra_is_never_below_the_best_of_all_media_v
 def test_jmsra_is_never_worse_than_all_tokens_or_all_caches(seed: int) -> None:
     shares = Shares(drawn(seed))
     mine, tokens, caches = (
-        shares.allocate(policy.media(shares)).prediction.e2e_s
+        shares.allocate(shares.own_of(policy.media(shares))).prediction.e2e_s
         for policy in (JmsraPolicy(), TokenPolicy(), CachePolicy())
     )
     assert mine <= min(tokens, caches) + SEARCH_S

@@ -135,6 +135,11 @@ def test_a_transfer_that_was_short_failed_or_waited_for_its_sender_says_nothing(
     assert achieved(ALONE, delivered(prefill_s=1.5), paced=False, factor=1.0) == pytest.approx(1.0)
 
 
+def test_a_share_that_rises_under_way_is_taken_at_its_mean() -> None:
+    rising = replace(ALONE, share_bps=5e6, predicted=Stages(transfer_s=2.0))
+    assert achieved(rising, delivered(transfer_s=2.5), paced=False, factor=1.0) == pytest.approx(0.8)
+
+
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=20), st.floats(0, 1))
 def test_a_quantile_is_one_of_the_values_and_rises_with_the_share(values: list[float], share: float) -> None:
     found = quantile(values, share)

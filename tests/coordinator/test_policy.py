@@ -93,7 +93,7 @@ def test_a_rung_that_the_ladder_lacks_is_refused_with_the_names_of_those_it_has(
 def test_raising_rungs_stays_within_the_tie_fraction_and_never_lowers_quality(policy: str, seed: int) -> None:
     scenario = random_scenario(seed, links=1 + seed % 6, receivers=1 + seed % 2)
     shares = Shares(scenario)
-    stage_1 = shares.allocate(POLICIES[policy].media(shares))  # type: ignore[attr-defined]
+    stage_1 = shares.allocate(shares.own_of(POLICIES[policy].media(shares)))  # type: ignore[attr-defined]
     plan = POLICIES[policy].plan(scenario)
     assert plan.predicted_e2e_s <= stage_1.prediction.e2e_s * (1 + scenario.tie_fraction) + 1e-9
     for link, planned in zip(scenario.links, plan.links, strict=True):
@@ -171,7 +171,7 @@ def test_a_plan_converts_into_reports_that_the_wire_accepts(policy: str) -> None
 def test_planned_bytes_are_the_bits_of_the_model() -> None:
     plan = POLICIES["kv"].plan(scenario_of([make_link(rungs=(LADDER[2],))]))
     link = plan.links[0]
-    assert link.planned_bytes == 600 + 400 * 11_520 * 8.5 / 8
+    assert link.planned_bytes == 600 + 2 * 400 + 400 * 11_520 * 8.5 / 8
     assert link.fp16_bytes == 400 * 23_040
 
 

@@ -1,0 +1,271 @@
+"""A scenario as arrays over its links, for everything that is computed of all of them at once.
+
+Seconds a token, bits a token, indices of senders, receivers and requests: what `timeline` and the policies divide and
+add. Channels are kept as pairs of a link and a channel, since few links pass the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from broker_config.messages import Rung, Speed
+from coordinator.latency import Link, Scenario, decode_s, encode_s, prefill_s
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.intp]
+Flags = NDArray[np.bool_]
+
+NEWTON_STEPS = 16
+WHOLE = 1 << 30
+"""Tokens of a slice that holds any context: nothing is streamed."""
+
+
+class Groups:
+    """Links by what they have in common. index: (K,) which group each is in; the groups are numbered from 0."""
+
+    def __init__(self, keys: Sequence[Hashable]) -> None:
+        numbers: dict[Hashable, int] = {}
+        self.index: Ints = np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.intp)
+        self.count = len(numbers)
+        self.alone = self.count == len(keys)
+        """Whether nobody shares a group."""
+
+    def sums(self, values: Floats) -> Floats:
+        """The sum of each group: (..., K) to (..., groups)."""
+        flat = values.reshape(-1, values.shape[-1])
+        places = self.index + self.count * np.arange(len(flat))[:, None]
+        found = np.bincount(places.ravel(), weights=flat.ravel(), minlength=self.count * len(flat))
+        return np.asarray(found, dtype=np.float64).reshape(*values.shape[:-1], self.count)
+
+    def behind(self, values: Floats, order: Ints) -> Floats:
+        """For each link the sum of its group's values from it on, in this order (..., K) of all links, by group first.
+
+        order sorts by group, and within one by whatever comes first.
+        """
+        return self.sums(values)[..., self.index] - self.before(values, order)
+
+    def before(self, values: Floats, order: Ints) -> Floats:
+        """For each link the sum of its group's values before it in such an order."""
+        sorted_ = np.take_along_axis(values, order, axis=-1)
+        upto = np.cumsum(sorted_, axis=-1) - sorted_
+        groups = self.index[order]
+        starts = np.concatenate([np.ones((*groups.shape[:-1], 1), dtype=bool), np.diff(groups, axis=-1) != 0], axis=-1)
+        at = np.maximum.accumulate(np.where(starts, np.arange(groups.shape[-1]), 0), axis=-1)
+        found = np.empty_like(upto)
+        np.put_along_axis(found, order, upto - np.take_along_axis(upto, at, axis=-1), axis=-1)
+        return found
+
+
+class Table:
+    """Columns (K,) over the links of a scenario, in their order. Seconds, bits and counts as the names say."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        links = scenario.links
+        self.scenario, self.count = scenario, len(links)
+        self.slice_tokens = scenario.slice_tokens or WHOLE
+        self.tokens = _column([link.tokens for link in links])
+        self.elements = _column([link.elements_per_token for link in links])
+        ids = _column([link.bytes_per_token_id for link in links]) * self.tokens
+        self.head_bits = 8.0 * (scenario.header_bytes + ids)
+        """What goes first, whatever the medium: the header, with the ids of all tokens."""
+        sender_rtt_s = _column([link.sender_rtt_s for link in links])
+        receiver_rtt_s = _column([link.receiver_rtt_s for link in links])
+        self.order_s, self.back_s = sender_rtt_s / 2, (sender_rtt_s + receiver_rtt_s) / 2
+        self.measured: Flags = np.array([link.measured for link in links], dtype=bool)
+        self.may_cache: Flags = np.array([link.may_cache for link in links], dtype=bool)
+        self.cached: Flags = np.array([link.cached for link in links], dtype=bool)
+        self.generated: Flags = np.array([link.generated for link in links], dtype=bool)
+        self._set_compute(links)
+        self._set_requests(receiver_rtt_s)
+        self._set_channels(links)
+
+    def _set_compute(self, links: Sequence[Link]) -> None:
+        """fixed, per token and per token² seconds of prefill at the receiver; what the sender takes to produce."""
+        speeds: dict[Speed | None, tuple[float, float, float, float]] = {}
+        for link in links:
+            for speed in (link.sender_speed, link.receiver_speed):
+                if speed not in speeds:
+                    speeds[speed] = _prefill_terms(speed)
+        received = np.array([speeds[link.receiver_speed] for link in links]).reshape(-1, 4)
+        sent = np.array([speeds[link.sender_speed] for link in links]).reshape(-1, 4)
+        self.prefill_fixed_s, self.prefill_token_s, self.prefill_square_s, _ = received.T
+        produces = ~self.cached
+        self.produce_fixed_s = np.where(produces & ~self.generated, sent[:, 0], 0.0)
+        self.produce_token_s = np.where(produces, np.where(self.generated, sent[:, 3], sent[:, 1]), 0.0)
+        self.produce_square_s = np.where(produces & ~self.generated, sent[:, 2], 0.0)
+        self.text_token_s = np.where(self.generated & produces, sent[:, 3], 0.0)
+        """Between two tokens of a text that is still being generated."""
+
+    def _set_requests(self, receiver_rtt_s: Floats) -> None:
+        scenario, links = self.scenario, self.scenario.links
+        self.senders = Groups([link.sender for link in links])
+        self.receivers = Groups([link.receiver for link in links])
+        self.request: Ints = np.array([link.request for link in links], dtype=np.intp)
+        requests = scenario.requests
+        first: dict[int, Link] = {}
+        behind = [0] * len(requests)
+        for link in links:
+            first.setdefault(link.request, link)
+            behind[link.request] += link.tokens
+        self.question_s = _column(
+            [
+                prefill_s(first[index].receiver_speed, terms.question_tokens, behind[index]) if index in first else 0.0
+                for index, terms in enumerate(requests)
+            ]
+        )
+        overhead = [
+            first[index].receiver_rtt_s / 2 + first[index].receiver_overhead_s if index in first else 0.0
+            for index in range(len(requests))
+        ]
+        self.last_s = _column(overhead)
+        """From the end of a request's question to its first token's arrival."""
+        self._set_members()
+        questions = np.zeros(self.receivers.count)
+        np.maximum.at(questions, self.receivers.index, self.questions_s[self.request])
+        overheads_s = _column([link.receiver_overhead_s for link in links])
+        self.after_s = questions[self.receivers.index] + receiver_rtt_s / 2 + overheads_s
+        """What follows the parts at a link's receiver: all its questions, what else it needs, and the token's way."""
+
+    def _set_members(self) -> None:
+        """Whose work goes before a request's question: its own, and that of earlier ones at the same receiver.
+
+        member_link, member_request: pairs of a link and a request that it goes before; questions_s: by request.
+        """
+        requests, receiver = self.scenario.requests, np.full(len(self.scenario.requests), -1, dtype=np.intp)
+        receiver[self.request] = self.receivers.index
+        self.member_link, self.member_request = np.arange(self.count), self.request
+        self.questions_s = self.question_s
+        if np.bincount(receiver[receiver >= 0], minlength=1).max() <= 1:
+            return
+        by_deadline = sorted(range(len(requests)), key=lambda i: (requests[i].deadline_s or float("inf"), i))
+        rank = np.empty(len(requests), dtype=np.intp)
+        rank[by_deadline] = np.arange(len(requests))
+        self.questions_s = self.question_s.copy()
+        members: list[Ints] = []
+        owners: list[Ints] = []
+        for index in np.flatnonzero(receiver >= 0):
+            before = (receiver == receiver[index]) & (rank <= rank[index])
+            self.questions_s[index] = self.question_s[before].sum()
+            links = np.flatnonzero(before[self.request])
+            members.append(links)
+            owners.append(np.full(len(links), index, dtype=np.intp))
+        self.member_link, self.member_request = np.concatenate(members), np.concatenate(owners)
+
+    def before_at_sender(self, work_s: Floats) -> Floats:
+        """For each link the work of its sender for links before it, (..., K)."""
+        if self.senders.alone:
+            return np.zeros_like(work_s)
+        order = np.argsort(self.senders.index, kind="stable")
+        return self.senders.before(work_s, np.broadcast_to(order, work_s.shape))
+
+    def text_at_once(self, own: Floats) -> Floats:
+        """Which share of a prefill can't begin before the last of its tokens is there."""
+        return np.where(self.text_token_s > 0, np.minimum(self.slice_tokens, own) / np.maximum(own, 1.0), 1.0)
+
+    def _set_channels(self, links: Sequence[Link]) -> None:
+        """Pairs (link, channel) sorted by channel, with the seconds of that channel that a bit takes."""
+        pairs = [(i, name, bps) for i, link in enumerate(links) if link.measured for name, bps in link.channels]
+        channels = Groups([name for _, name, _ in pairs])
+        self.channel_names = tuple(dict.fromkeys(name for _, name, _ in pairs))
+        order = np.argsort(channels.index, kind="stable")
+        self.pair_link: Ints = np.array([i for i, _, _ in pairs], dtype=np.intp)[order]
+        self.pair_channel = channels.index[order]
+        self.pair_alone_bps = _column([bps for _, _, bps in pairs])[order]
+        self.pair_snr = _column([link.snr for link in links])[self.pair_link]
+        self.channel_starts = np.searchsorted(self.pair_channel, np.arange(channels.count))
+        self.pairs_by_link = np.argsort(self.pair_link, kind="stable")
+        self.link_starts = np.flatnonzero(np.diff(self.pair_link[self.pairs_by_link], prepend=-1))
+        free = self.scenario.airtime_free
+        self.free = _column([free.get(name, 1.0) for name in self.channel_names])
+        self.fdma = bool(np.any(self.pair_snr > 0))
+        crowd = np.bincount(self.pair_channel, minlength=channels.count)
+        self.shared: Flags = crowd > 1
+        """Channels that more than one link passes, or one twice."""
+
+    def used(self, rates: Floats) -> Floats:
+        """The share of each channel that these rates take: (..., K) to (..., channels)."""
+        return self.used_by_pairs(rates[..., self.pair_link])
+
+    def used_by_pairs(self, rates: Floats) -> Floats:
+        """The same of rates by pair, (..., pairs)."""
+        if not self.channel_starts.size:
+            return np.zeros((*rates.shape[:-1], 0))
+        alone = rates / self.pair_alone_bps
+        shares = band_shares(alone, self.pair_snr) if self.fdma else alone
+        return np.asarray(np.add.reduceat(shares, self.channel_starts, axis=-1))
+
+    def least_on_way(self, by_channel: Floats) -> Floats:
+        """For each link the least of what its channels have; infinite for one that passes none."""
+        found = np.full(self.count, np.inf)
+        if self.link_starts.size:
+            least = np.minimum.reduceat(by_channel[self.pair_channel[self.pairs_by_link]], self.link_starts)
+            found[self.pair_link[self.pairs_by_link][self.link_starts]] = least
+        return found
+
+    def coding_s(self, rungs: Sequence[Rung | None]) -> tuple[Floats, Floats]:
+        """Seconds a token of encoding at the sender and of decoding at the receiver, each link at its rung."""
+        encode = [
+            0.0
+            if rung is None
+            else encode_s(link.sender_speed, link.elements_per_token, rung.name, link.kept if link.cached else None)
+            for link, rung in zip(self.scenario.links, rungs, strict=True)
+        ]
+        decode = [
+            0.0 if rung is None else decode_s(link.receiver_speed, link.elements_per_token, rung.name)
+            for link, rung in zip(self.scenario.links, rungs, strict=True)
+        ]
+        return _column(encode), _column(decode)
+
+    def prefill_s(self, own: Floats) -> Floats:
+        """Seconds of prefilling so many leading tokens at the receiver, (..., K)."""
+        taken = own * (self.prefill_token_s + self.prefill_square_s * own)
+        return np.where(own > 0, self.prefill_fixed_s + taken, 0.0)
+
+    def produce_s(self, tokens: Floats) -> Floats:
+        """Seconds until a sender has so many entries of a cache that is not ready, (..., K)."""
+        taken = tokens * (self.produce_token_s + self.produce_square_s * tokens)
+        return np.where(tokens > 0, self.produce_fixed_s + taken, 0.0)
+
+    def sent_tokens(self, own: Floats) -> Floats:
+        """Tokens whose entries travel in whole slices when the receiver prefills the first own ones, (..., K)."""
+        begin = own if self.slice_tokens == WHOLE else own // self.slice_tokens * self.slice_tokens
+        return np.where(own < self.tokens, self.tokens - begin, 0.0)
+
+
+def band_shares(alone: Floats, snr: Floats) -> Floats:
+    """Which share of a band gives a link this fraction of the rate that the whole band would give it.
+
+    FDMA: r(b) = b·log2(1 + snr/b) / log2(1 + snr), concave in b; its inverse by Newton's method from above, where it
+    is convex and so converges from one side. snr 0: airtime, the share is the fraction. Above 1 it goes on linearly
+    with the slope there, so that what does not fit compares.
+    """
+    snr = np.broadcast_to(snr, alone.shape)
+    waves = snr > 0
+    if not waves.any():
+        return alone
+    found = alone.copy()
+    whole = np.log1p(np.where(waves, snr, 1.0))
+    at = np.clip(alone, 1e-12, 1.0)
+    target = at * whole
+    for _ in range(NEWTON_STEPS):
+        ratio = np.where(waves, snr, 1.0) / at
+        value, slope = at * np.log1p(ratio), np.log1p(ratio) - ratio / (1 + ratio)
+        at = np.maximum(at - (value - target) / np.maximum(slope, 1e-300), at * 1e-3)
+    beyond = (alone - 1) * whole / np.maximum(whole - snr / (1 + snr), 1e-300)
+    found[waves] = np.where(alone > 0, np.where(alone > 1, 1 + beyond, at), 0.0)[waves]
+    return found
+
+
+def _column(values: Sequence[float]) -> Floats:
+    return np.array(values, dtype=np.float64)
+
+
+def _prefill_terms(speed: Speed | None) -> tuple[float, float, float, float]:
+    """(fixed, per token, per token²) seconds of prefill, and seconds to generate a token; all 0 if not measured."""
+    if speed is None or speed.prefill_tps <= 0:
+        return 0.0, 0.0, 0.0, 0.0
+    generate_s = 1 / speed.decode_tps if speed.decode_tps > 0 else 0.0
+    return speed.prefill_fixed_s, 1 / speed.prefill_tps, speed.prefill_s_per_token2, generate_s
