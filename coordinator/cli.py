@@ -30,7 +30,7 @@ from coordinator.client import Client
 from coordinator.errors import CoordinatorError
 from coordinator.service import Coordinator
 from coordinator.settings import CoordinatorSettings
-from coordinator.show import fleet_table, outcome_lines, plan_lines
+from coordinator.show import error_lines, fleet_table, outcome_lines, plan_lines
 
 app = typer.Typer(
     help="Plans what travels between the agents of a site (text tokens or KV cache, at how many bits, with what share "
@@ -131,12 +131,14 @@ def ask(
 
 @app.command()
 def status(configuration: Configuration = None) -> None:
-    """Show the agents of the site: memory, links, speeds, contexts."""
+    """Show the agents of the site: memory, links, speeds, contexts; and how well rounds were predicted."""
     settings = _settings(configuration)
 
     async def work() -> None:
         async with Client(broker=settings.broker, site=settings.site) as client:
             console.print(fleet_table(await client.fleet()))
+            for line in error_lines(await client.errors()):
+                console.print(line, style="dim", markup=False)
 
     _do(work())
 

@@ -28,6 +28,7 @@ from broker_config.messages import (
     GiveContext,
     ListContexts,
     Planned,
+    PredictionError,
     Presence,
     Refused,
     Remind,
@@ -210,6 +211,13 @@ class Client:
         async with self.watch() as watch:
             await asyncio.sleep(settle_s)
             return watch.fleet
+
+    async def errors(self) -> tuple[PredictionError, ...]:
+        """How far the coordinator's predictions were off, by policy; nothing if there is no coordinator."""
+        try:
+            return (await self.coordinator()).errors
+        except CoordinatorMissing:
+            return ()
 
     async def _withdraw(self, request: str) -> None:
         """Nobody waits for the answer any more; if that can't be said, the question ends by its own time-out."""

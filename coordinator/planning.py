@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 
 import msgspec
 
 from broker_config.messages import Ask, ContextInfo, ModelInfo
 from broker_config.messages.base import COORDINATOR
+from coordinator.drift import Rule
 from coordinator.errors import RequestImpossible
 from coordinator.fleet import Fleet, link_channels, resolve_source
+from coordinator.learning import Learning, LinkName, factor_of
 from coordinator.policy import PlanRequest, PressureCaps, RequestPlan, build_scenario, get_policy
 from coordinator.round import LocalSource, Round
 from coordinator.settings import CoordinatorSettings
@@ -27,8 +30,10 @@ def plan_round(
     running: Collection[Round],
     texts: Texts,
     now_s: float,
+    learning: Learning | None = None,
 ) -> Round:
     """The round as the policy wants it, accepted at now_s. running: rounds in flight, whose transfers occupy channels.
+    learning: what earlier rounds taught.
 
     Raises CoordinatorError, whose line says what to change.
     """
@@ -47,17 +52,21 @@ def plan_round(
                 raise RequestImpossible(f"it names {ask.receiver}:{context.name} twice; name each context once")
             local[source] = local_source(ask, receiver.model, context, receiver.telemetry.memory.pressure)
     remote = tuple(source for source in ask.sources if source not in local)
+    factors = learning.link_factors if learning else {}
+    overheads_s = learning.overheads_s if learning else {}
     plan: RequestPlan | None = None
     if remote:
         scenario = build_scenario(
             fleet,
             [PlanRequest.of(msgspec.structs.replace(ask, sources=remote))],
             settings.site_channels(),
-            airtime_free(fleet, settings, running),
+            airtime_free(fleet, settings, running, factors),
             now_s,
             caps=PressureCaps(settings.planning.pressure_caps),
             tie_fraction=settings.planning.tie_fraction,
             expiry_s=expiry_s,
+            link_factors=factors,
+            overheads_s=overheads_s,
         )
         plan = policy.plan(scenario).requests[0]
     links = iter(plan.links if plan else ())
@@ -74,6 +83,9 @@ def plan_round(
             )
             for link in (plan.links if plan else ())
         },
+        rule=Rule(factor=settings.planning.revise_factor, interval_s=settings.planning.revise_interval_s),
+        factors=factors,
+        overhead_s=overheads_s.get(ask.receiver, 0.0),
     )
 
 
@@ -88,13 +100,19 @@ def local_source(ask: Ask, model: ModelInfo, context: ContextInfo, pressure: flo
     return LocalSource(context=context, pressure=pressure, least=least, rung=rung)
 
 
-def airtime_free(fleet: Fleet, settings: CoordinatorSettings, running: Collection[Round]) -> dict[str, float]:
-    """What transfers in flight leave of each channel, as fractions."""
+def airtime_free(
+    fleet: Fleet,
+    settings: CoordinatorSettings,
+    running: Collection[Round],
+    factors: Mapping[LinkName, float] = MappingProxyType({}),
+) -> dict[str, float]:
+    """What transfers in flight leave of each channel, as fractions. factors: what was learned of links' rates."""
     used: dict[str, float] = {}
     for round_ in running:
         for link in round_.running_links():
             for channel, alone_bps in link_channels(fleet, link.sender, link.receiver, settings.site_channels()):
-                used[channel] = used.get(channel, 0.0) + link.share_bps / alone_bps
+                learned_bps = alone_bps * factor_of(factors, link.sender, link.receiver)
+                used[channel] = used.get(channel, 0.0) + link.share_bps / learned_bps
     return {channel: max(0.0, 1.0 - share) for channel, share in used.items()}
 
 

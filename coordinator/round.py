@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import msgspec
@@ -25,6 +25,7 @@ from broker_config.messages import (
     new_id,
 )
 from broker_config.messages.base import RungName
+from coordinator.drift import Drift, Rule
 from coordinator.fleet import Fleet
 from coordinator.policy import LinkPlan, RequestPlan
 
@@ -38,6 +39,7 @@ SLOW_LINK_BPS = 50e6
 """Under it chunks are small: 256 KiB would hold a slow link for longer than anything else should wait."""
 
 ALONE_SHARE = 0.99
+REVISED = "share revised to"
 
 EndOfRound = Literal["answered", "failed", "cancelled", "expired"]
 
@@ -60,7 +62,9 @@ class Round:
     """A question under way. The service feeds it what arrives.
 
     `done` is set when the receiver has told the end, or when the round was stopped; whichever came first counts.
-    receiver_instance: the receiver as it was when the round was planned; another one knows nothing of it.
+    receiver_instance: the receiver as it was when the round was planned; another one knows nothing of it. factors,
+    overhead_s: what was learned of links and receiver when it was. revised: transfers whose shares have changed since.
+    reporting: those whose senders say how far they are; hops: what rates these were found to have by channel.
     """
 
     ask: Ask
@@ -70,7 +74,13 @@ class Round:
     plan: RequestPlan | None
     sources: tuple[LinkPlan | LocalSource, ...]
     holders: Mapping[str, tuple[str, ...]]
+    factors: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    overhead_s: float = 0.0
+    rule: Rule = field(default_factory=Rule)
     transfers: tuple[str, ...] = ()
+    revised: set[str] = field(default_factory=set)
+    reporting: set[str] = field(default_factory=set)
+    hops: dict[str, tuple[tuple[str, float], ...]] = field(default_factory=dict)
     first_piece_s: float | None = None
     answered_s: float | None = None
     sends: dict[str, SendOutcome] = field(default_factory=dict)
@@ -82,6 +92,12 @@ class Round:
 
     def __post_init__(self) -> None:
         self.transfers = tuple(new_id() for _ in self.sources)
+        self.drift = Drift(
+            rule=self.rule,
+            accepted_s=self.accepted_s,
+            predicted_s=self.plan.predicted_e2e_s if self.plan else 0.0,
+            references={transfer: link.link_bps for transfer, link in self.running()},
+        )
 
     @property
     def agents(self) -> tuple[str, ...]:
@@ -95,13 +111,37 @@ class Round:
 
     def running_links(self) -> tuple[LinkPlan, ...]:
         """Links whose transfer has not ended: what they occupy is not free."""
+        return tuple(link for _, link in self.running())
+
+    def running(self) -> tuple[tuple[str, LinkPlan], ...]:
+        """(transfer, link) of those."""
         if self.answer is not None:
             return ()
         return tuple(
-            source
+            (transfer, source)
             for source, transfer in zip(self.sources, self.transfers, strict=True)
             if isinstance(source, LinkPlan) and transfer not in self.sends
         )
+
+    def revise(self, transfer: str, share_bps: float) -> None:
+        """A transfer under way has another share from now on."""
+        self.revised.add(transfer)
+        self.sources = tuple(
+            _revised(source, share_bps) if at == transfer and isinstance(source, LinkPlan) else source
+            for source, at in zip(self.sources, self.transfers, strict=True)
+        )
+
+    def transferred(self) -> list[tuple[LinkPlan, SendOutcome]]:
+        """Links whose transfers have ended, with how; without those whose share was revised under way."""
+        return [
+            (source, self.sends[transfer])
+            for source, transfer in zip(self.sources, self.transfers, strict=True)
+            if isinstance(source, LinkPlan) and transfer in self.sends and transfer not in self.revised
+        ]
+
+    def factor(self, link: LinkPlan) -> float:
+        """By which the plan multiplied the measured rate of a link."""
+        return self.factors.get((link.sender, link.receiver), 1.0)
 
     def send_orders(self, expires_s: float) -> list[tuple[str, SendOrder]]:
         """(agent, order) for every sender."""
@@ -118,7 +158,7 @@ class Round:
                     facts_tokens=self.ask.facts_tokens,
                     expires_s=expires_s,
                     chunk_bytes=SMALL_CHUNK_BYTES if source.link_bps < SLOW_LINK_BPS else LARGE_CHUNK_BYTES,
-                    rate_bps=source.share_bps if self._shared(source) and source.share_bps > 0 else None,
+                    rate_bps=source.share_bps if self.paced(source) else None,
                 ),
             )
             for source, transfer in zip(self.sources, self.transfers, strict=True)
@@ -246,9 +286,15 @@ class Round:
             text_holders=tuple(self.holders.get(source.context_id, ())),
         )
 
-    def _shared(self, link: LinkPlan) -> bool:
+    def paced(self, link: LinkPlan) -> bool:
         """Whether others use a channel of this link. One that has all to itself is not slowed to what was measured."""
-        return len(self.links) > 1 or link.share_bps < ALONE_SHARE * link.link_bps
+        return link.share_bps > 0 and (len(self.links) > 1 or link.share_bps < ALONE_SHARE * link.link_bps)
+
+
+def _revised(link: LinkPlan, share_bps: float) -> LinkPlan:
+    """The same with another share, and a note of the last one."""
+    kept = [note for note in link.note.split("; ") if note and not note.startswith(REVISED)]
+    return replace(link, share_bps=share_bps, note="; ".join([*kept, f"{REVISED} {share_bps / 1e6:.1f} Mbit/s"]))
 
 
 def _link_report(

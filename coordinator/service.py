@@ -41,8 +41,10 @@ from broker_config.messages.base import COORDINATOR
 from coordinator.errors import CoordinatorError, RequestImpossible
 from coordinator.fleet import Fleet, apply, expire
 from coordinator.journal import InFlight, Journal
+from coordinator.learning import Learning
 from coordinator.planning import plan_round
 from coordinator.policy import POLICIES, get_policy
+from coordinator.revision import revise
 from coordinator.round import EndOfRound, Round
 from coordinator.settings import CoordinatorSettings
 from coordinator.telling import Teller, publish_or_log
@@ -69,6 +71,7 @@ class Coordinator:
         self._fleet = Fleet()
         self._rounds: dict[str, Round] = {}
         self._texts = Texts()
+        self._learning = Learning(settings.planning.rate_quantile)
         self._tasks: set[asyncio.Task[None]] = set()
         self._recent: OrderedDict[str, None] = OrderedDict()
         self._ends: OrderedDict[str, Ended | Refused] = OrderedDict()
@@ -179,6 +182,7 @@ class Coordinator:
             running=self._rounds.values(),
             texts=self._texts,
             now_s=accepted_s,
+            learning=self._learning,
         )
         self._journal.began(InFlight(ask=ask, agents=round_.agents))
         self._rounds[ask.request] = round_
@@ -218,6 +222,8 @@ class Coordinator:
     async def _end(self, round_: Round, state: EndOfRound, reason: str) -> None:
         report = round_.report(state, reason)
         self._rounds.pop(report.request, None)
+        if self._learning.take(round_, report) and not self._stopping:
+            self._spawn(publish_or_log(self._bus, topics.COORDINATOR, self._presence("online")), "prediction error")
         log.info("ended", request=report.request, state=state, e2e_s=report.e2e_s, reason=report.reason)
         await self._conclude(round_.ask, report)
 
@@ -298,6 +304,15 @@ class Coordinator:
             log.error("two agents with one id", agent=event.agent, instances=after.duplicate)
         if isinstance(event, Presence):
             log.info("presence", agent=event.agent, state=event.state)
+        elif after.telemetry is event:  # not a rival's, and not overtaken on its way
+            self._revise(event)
+
+    def _revise(self, telemetry: Telemetry) -> None:
+        """Links may have changed so much that what is under way needs other shares."""
+        rounds = [round_ for round_ in self._rounds.values() if not round_.done.is_set()]
+        for agent, order in revise(telemetry, rounds, fleet=self._fleet, settings=self._settings, now_s=_now_s()):
+            log.info("share revised", request=order.request, agent=agent, rate_bps=order.rate_bps)
+            self._spawn(publish_or_log(self._bus, topics.ORDERS, order, agent=agent), f"pace of {order.transfer}")
 
     def _outcome(self, outcome: Outcome, topic: Mapping[str, str]) -> None:
         round_ = self._rounds.get(outcome.request) if _is_own(outcome, topic) else None
@@ -336,6 +351,7 @@ class Coordinator:
             instance=self._instance,
             state="online" if online else "offline",
             policies=tuple(POLICIES) if online else (),
+            errors=self._learning.errors() if online else (),
         )
 
     async def _say_online(self) -> None:

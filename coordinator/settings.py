@@ -9,8 +9,10 @@ from msgspec import Meta, Struct
 
 from broker_config.messages.base import AgentId
 from broker_config.settings import BrokerSettings
+from coordinator.drift import REVISE_FACTOR, REVISE_INTERVAL_S
 from coordinator.fleet import EXPIRY_S, Channel
 from coordinator.latency import TIE_FRACTION
+from coordinator.learning import QUANTILE
 from coordinator.policy import DEFAULT_POLICY, PressureCaps
 
 
@@ -48,6 +50,27 @@ class PlanningSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     round_timeout_s: Annotated[
         float, Meta(title="a question that is not answered by then ends expired", extra={"unit": "s"}, gt=0, le=86_400)
     ] = 120.0
+    rate_quantile: Annotated[
+        float,
+        Meta(
+            title="links are planned with the rate that all but this share of their last transfers reached",
+            extra={"unit": "fraction"},
+            ge=0,
+            le=1,
+        ),
+    ] = QUANTILE
+    revise_factor: Annotated[
+        float,
+        Meta(
+            title="shares are revised under way when a link has become faster or slower by this factor",
+            extra={"unit": "factor"},
+            gt=1,
+            le=1e6,
+        ),
+    ] = REVISE_FACTOR
+    revise_interval_s: Annotated[
+        float, Meta(title="time between two revisions of a round", extra={"unit": "s"}, ge=0, le=3_600)
+    ] = REVISE_INTERVAL_S
     expiry_s: Annotated[
         float, Meta(title="an agent unheard for so long counts as offline", extra={"unit": "s"}, ge=1, le=3_600)
     ] = EXPIRY_S

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from rich.markup import escape
 from rich.table import Table
 
-from broker_config.messages import ContextInfo, LinkReport, RoundReport, Stages
+from broker_config.messages import ContextInfo, LinkReport, PredictionError, RoundReport, Stages
 from coordinator.fleet import Fleet
 
 STAGE_NAMES = {
@@ -85,7 +85,19 @@ def outcome_lines(report: RoundReport) -> Iterator[str]:
         verdict = "kept" if report.e2e_s <= report.deadline_s else "MISSED"
         deadline = f"; deadline {report.deadline_s:g} s {verdict}"
     e2e = f"E2E {report.predicted_e2e_s:.2f}/{seconds(report.e2e_s)}"
+    if report.e2e_s and report.links:
+        e2e += f" ({report.predicted_e2e_s / report.e2e_s - 1:+.0%})"
     yield f"{question}; {e2e}, whole answer {seconds(report.total_s)}{deadline}"
+
+
+def error_lines(errors: Iterable[PredictionError]) -> Iterator[str]:
+    """How far predictions of E2E were off: a line for each policy."""
+    for error in errors:
+        rounds = "1 round" if error.rounds == 1 else f"{error.rounds} rounds"
+        yield (
+            f"{error.policy}: E2E predicted within {error.median_error:.0%} (median of the last {rounds}, "
+            f"predicted less measured {error.median_bias:+.0%})"
+        )
 
 
 def _kept(context: ContextInfo) -> str:

@@ -19,7 +19,6 @@ Ints = NDArray[np.intp]
 Flags = NDArray[np.bool_]
 
 NEWTON_STEPS = 16
-PREFILL_SQUARE = 0.0
 WHOLE = 1 << 30
 """Tokens of a slice that holds any context: nothing is streamed."""
 
@@ -107,22 +106,28 @@ class Table:
         self.request: Ints = np.array([link.request for link in links], dtype=np.intp)
         requests = scenario.requests
         first: dict[int, Link] = {}
+        behind = [0] * len(requests)
         for link in links:
             first.setdefault(link.request, link)
+            behind[link.request] += link.tokens
         self.question_s = _column(
             [
-                prefill_s(first[index].receiver_speed, terms.question_tokens) if index in first else 0.0
+                prefill_s(first[index].receiver_speed, terms.question_tokens, behind[index]) if index in first else 0.0
                 for index, terms in enumerate(requests)
             ]
         )
-        overhead = [first[index].receiver_rtt_s / 2 if index in first else 0.0 for index in range(len(requests))]
+        overhead = [
+            first[index].receiver_rtt_s / 2 + first[index].receiver_overhead_s if index in first else 0.0
+            for index in range(len(requests))
+        ]
         self.last_s = _column(overhead)
         """From the end of a request's question to its first token's arrival."""
         self._set_members()
         questions = np.zeros(self.receivers.count)
         np.maximum.at(questions, self.receivers.index, self.questions_s[self.request])
-        self.after_s = questions[self.receivers.index] + receiver_rtt_s / 2
-        """What follows the parts at a link's receiver: all its questions, and the way of the first token."""
+        overheads_s = _column([link.receiver_overhead_s for link in links])
+        self.after_s = questions[self.receivers.index] + receiver_rtt_s / 2 + overheads_s
+        """What follows the parts at a link's receiver: all its questions, what else it needs, and the token's way."""
 
     def _set_members(self) -> None:
         """Whose work goes before a request's question: its own, and that of earlier ones at the same receiver.
@@ -228,11 +233,13 @@ class Table:
     def coding_s(self, rungs: Sequence[Rung | None]) -> tuple[Floats, Floats]:
         """Seconds a token of encoding at the sender and of decoding at the receiver, each link at its rung."""
         encode = [
-            0.0 if rung is None else encode_s(link.sender_speed, link.elements_per_token)
+            0.0
+            if rung is None
+            else encode_s(link.sender_speed, link.elements_per_token, rung.name, link.kept if link.cached else None)
             for link, rung in zip(self.scenario.links, rungs, strict=True)
         ]
         decode = [
-            0.0 if rung is None else decode_s(link.receiver_speed, link.elements_per_token)
+            0.0 if rung is None else decode_s(link.receiver_speed, link.elements_per_token, rung.name)
             for link, rung in zip(self.scenario.links, rungs, strict=True)
         ]
         return _column(encode), _column(decode)
@@ -296,4 +303,4 @@ def _prefill_terms(speed: Speed | None) -> tuple[float, float, float, float]:
     if speed is None or speed.prefill_tps <= 0:
         return 0.0, 0.0, 0.0, 0.0
     generate_s = 1 / speed.decode_tps if speed.decode_tps > 0 else 0.0
-    return speed.prefill_fixed_s, 1 / speed.prefill_tps, PREFILL_SQUARE, generate_s
+    return speed.prefill_fixed_s, 1 / speed.prefill_tps, speed.prefill_s_per_token2, generate_s

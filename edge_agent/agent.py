@@ -192,6 +192,7 @@ class Agent:
                 link=self._link.quality,
                 speed=self._engine.meter.speed,
                 contexts=self._store.infos(),
+                sending=self._link.progress,
                 queued=self._engine.turns.waiting,
                 note=self._note,
             )

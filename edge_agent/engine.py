@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from broker_config.messages import Speed
+from broker_config.messages import CodecSpeed, Speed, codec_family
 from edge_agent.errors import ContextTooLong
 from edge_agent.kv.cache import Cache, Float32
 from edge_agent.kv.payload import encode
@@ -32,8 +32,10 @@ RESERVED_TOKENS = 256
 MEASURE_SHORT_TOKENS, MEASURE_DECODE_TOKENS = 16, 6
 MEASURE_REPEATS = 2
 """The best of so many counts: at start other work disturbs."""
-MEASURED_RUNG, PLAIN_RUNG = "klt5", "q8"
-"""Coding is measured at the first, or where a bundle has no transform at the second."""
+MEASURE_LONG_TOKENS, MEASURE_BEHIND_TOKENS = 48, 1_024
+"""So many are read behind so many that need not be computed: what attention adds."""
+MEASURED_RUNG, PLAIN_RUNGS = "klt5", ("q8", "fp16", "float32")
+"""Coding is measured at the first, if the bundle has its transform, and at the others; each stands for its family."""
 
 
 class Engine:
@@ -98,8 +100,9 @@ class Engine:
 
     async def first_token(self, live: LiveContext, question_ids: list[int]) -> tuple[Float32, float]:
         """Logits after the question, and the seconds it took. The caller holds the turn."""
+        behind = live.next_position - len(self.model.manifest.prompt.prefix_ids)
         logits, seconds = await self._timed(lambda: live.prefill(question_ids))
-        self.meter.prefill(len(question_ids), seconds)
+        self.meter.prefill(len(question_ids), seconds, behind=behind)
         return logits, seconds
 
     async def generate(
@@ -143,17 +146,23 @@ class Engine:
             seconds["prefix"] = min(seconds["prefix"], took)
         self._prefix = prefix
         per_token = max(1e-6, seconds["prefix"] - seconds["few"]) / max(1, len(prefix_ids) - len(few))
+        fixed_s = max(0.0, seconds["few"] - len(few) * per_token)
         cache = prefix.extract(0, len(prefix_ids))
-        encode_s, decode_payload_s = self._timed_codec(cache)
+        codecs = tuple(self._timed_codec(cache, rung) for rung in self._rungs_measured())
         return self.meter.begin(
             Speed(
-                prefill_fixed_s=max(0.0, seconds["few"] - len(few) * per_token),
+                prefill_fixed_s=fixed_s,
                 prefill_tps=1 / per_token,
+                prefill_s_per_token2=self._timed_behind(prefix_ids, cache, fixed_s, per_token),
                 decode_tps=1 / self._timed_decode(prefix_ids),
-                encode_elements_per_s=cache.elements / encode_s,
-                decode_elements_per_s=cache.elements / decode_payload_s,
+                encode_elements_per_s=min(codec.encode_elements_per_s for codec in codecs),
+                decode_elements_per_s=min(codec.decode_elements_per_s for codec in codecs),
+                codecs=codecs,
             )
         )
+
+    def _rungs_measured(self) -> tuple[str, ...]:
+        return (MEASURED_RUNG, *PLAIN_RUNGS) if self.model.transform is not None else PLAIN_RUNGS
 
     def _timed_read(self, ids: list[int]) -> tuple[LiveContext, float]:
         """A new context that has read ids, and the seconds of it."""
@@ -168,10 +177,24 @@ class Engine:
             live.step(np.array([token], dtype=np.int32), logits="last")
         return (time.perf_counter() - start) / min(len(ids), MEASURE_DECODE_TOKENS)
 
-    def _timed_codec(self, cache: Cache) -> tuple[float, float]:
-        """Seconds to encode a cache as most are sent, and to decode it."""
-        manifest, transform = self.model.manifest, self.model.transform
-        rung = recipe(MEASURED_RUNG if transform is not None else PLAIN_RUNG)
+    def _timed_behind(self, ids: list[int], cache: Cache, fixed_s: float, per_token_s: float) -> float:
+        """Seconds per token squared, from a read behind copies of a cache. 0 if it took no longer than in front."""
+        ids, best_s, behind = ids[:MEASURE_LONG_TOKENS], float("inf"), 0
+        most = min(MEASURE_BEHIND_TOKENS, self.model.manifest.window_tokens // 2)
+        live = self.after_prefix(room=most + len(ids) * MEASURE_REPEATS)
+        while behind + cache.entries <= most:
+            live.append(cache, tokens=cache.entries)
+            behind += cache.entries
+        for _ in range(MEASURE_REPEATS):
+            start = time.perf_counter()
+            live.prefill(ids)
+            best_s = min(best_s, time.perf_counter() - start)
+        attended = len(ids) * (len(ids) + 2 * behind)
+        return max(0.0, best_s - fixed_s - len(ids) * per_token_s) / attended
+
+    def _timed_codec(self, cache: Cache, name: str) -> CodecSpeed:
+        """How fast a cache is encoded and decoded at a rung."""
+        manifest, transform, rung = self.model.manifest, self.model.transform, recipe(name)
         taken = []
         for _ in range(MEASURE_REPEATS):
             start = time.perf_counter()
@@ -180,4 +203,8 @@ class Engine:
             encoded = time.perf_counter()
             decode(data, self.expectation(1 << 40))
             taken.append((encoded - start, time.perf_counter() - encoded))
-        return min(each[0] for each in taken), min(each[1] for each in taken)
+        return CodecSpeed(
+            codec=codec_family(name),
+            encode_elements_per_s=cache.elements / min(each[0] for each in taken),
+            decode_elements_per_s=cache.elements / min(each[1] for each in taken),
+        )

@@ -4,6 +4,10 @@ While nothing is being transferred, every few seconds two probes of the same siz
 to a topic that nobody reads, acknowledged by the broker after rtt + size/uplink; one to the agent itself, which is back
 after rtt + size/uplink + size/downlink. A small one before them gives rtt. Sizes follow the link, so that a probe
 occupies it for about PROBE_TARGET_S.
+
+While something is being transferred, nothing is probed, and the transfers themselves tell. What comes in is at most as
+fast as the downlink. What goes out unpaced, while more waits to be sent, is as fast as the uplink or what lies behind
+it; only a clear change counts. Once they have ended, the probes' word holds again.
 """
 
 from __future__ import annotations
@@ -20,7 +24,8 @@ from pathlib import Path
 from broker_config import topics
 from broker_config.bus import Bus
 from broker_config.errors import BusError
-from broker_config.messages import MAX_PROBE_BYTES, LinkQuality, Probe
+from broker_config.messages import MAX_PROBE_BYTES, LinkQuality, Probe, SendProgress
+from edge_agent.flow import Flow
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +40,10 @@ REMEMBERED_PROBES = 3
 """The median of so many is reported: one slow probe changes nothing, a link that has changed is seen at the second."""
 SMALLEST_TRANSFER_BYTES = 1024 * 1024
 """A shorter transfer says more of round trips than of rates."""
+CLEARLY_SLOWER = 0.75
+FASTEST_BPS = 1e15
+MOST_TOLD = 64
+"""As many transfers as a message may name."""
 
 WIRELESS = Path("/proc/net/wireless")
 
@@ -51,14 +60,16 @@ class LinkMeter:
         self._sequence = 0
         self._awaited: asyncio.Future[float] | None = None
         self._transfers = 0
+        self._outward: list[Flow] = []
+        self._inward: list[Flow] = []
         self._quiet_since = 0.0
 
     @property
     def quality(self) -> LinkQuality:
         return LinkQuality(
             round_trip_s=self._round_trip_s.value,
-            uplink_bps=self._uplink_bps.value,
-            downlink_bps=self._downlink_bps.value,
+            uplink_bps=self._moved(self._uplink_bps.value, self._unpaced_bps()),
+            downlink_bps=self._at_least(self._downlink_bps.value, sum(flow.rate_bps or 0.0 for flow in self._inward)),
             signal_dbm=signal_dbm(self._wireless),
         )
 
@@ -71,6 +82,43 @@ class LinkMeter:
         finally:
             self._transfers -= 1
             self._quiet_since = time.monotonic()
+
+    @contextmanager
+    def sending(self, flow: Flow) -> Iterator[Flow]:
+        """The same, and telemetry tells of this transfer."""
+        with self.transferring(), _listed(self._outward, flow):
+            yield flow
+
+    @contextmanager
+    def receiving(self, flow: Flow) -> Iterator[Flow]:
+        """The same for one that comes in."""
+        with self.transferring(), _listed(self._inward, flow):
+            yield flow
+
+    @property
+    def progress(self) -> tuple[SendProgress, ...]:
+        """What telemetry tells of transfers that are being sent."""
+        return tuple(
+            SendProgress(transfer=flow.transfer, moved_bytes=flow.moved_bytes, goodput_bps=flow.goodput_bps)
+            for flow in self._outward[:MOST_TOLD]
+        )
+
+    def _unpaced_bps(self) -> float | None:
+        """What transfers that go out show of the uplink; None if one of them is paced or may have waited."""
+        rates = [flow.link_bps for flow in self._outward if flow.pace_bps is None]
+        known = [rate for rate in rates if rate is not None]
+        return sum(known) if known and len(known) == len(self._outward) else None
+
+    @staticmethod
+    def _moved(probed_bps: float | None, seen_bps: float | None) -> float | None:
+        """A rate as transfers show it, if that is clearly another than the probes found."""
+        if not seen_bps or (probed_bps is not None and CLEARLY_SLOWER * probed_bps <= seen_bps <= probed_bps):
+            return probed_bps
+        return min(seen_bps, FASTEST_BPS)
+
+    @staticmethod
+    def _at_least(probed_bps: float | None, seen_bps: float) -> float | None:
+        return min(seen_bps, FASTEST_BPS) if seen_bps > (probed_bps or 0.0) else probed_bps
 
     def sent(self, wire_bytes: int, seconds: float) -> None:
         """A transfer went out: the uplink is at least as fast as that."""
@@ -139,6 +187,15 @@ def signal_dbm(wireless: Path = WIRELESS) -> float | None:
     except (OSError, ValueError, IndexError):
         return None
     return level if level is not None and -200 <= level <= 50 else None
+
+
+@contextmanager
+def _listed(flows: list[Flow], flow: Flow) -> Iterator[None]:
+    flows.append(flow)
+    try:
+        yield
+    finally:
+        flows.remove(flow)
 
 
 class _Median:

@@ -16,6 +16,7 @@ from broker_config.transfer import Sent, send
 from edge_agent.context_facts import ContextFacts
 from edge_agent.engine import Engine
 from edge_agent.errors import AgentError, RecipeInvalid
+from edge_agent.flow import Flow
 from edge_agent.kv.cache import Cache
 from edge_agent.kv.payload import pieces
 from edge_agent.kv.recipe import Recipe, recipe
@@ -76,7 +77,8 @@ class Outgoing:
         held = self._store.get(order.context_id)
         if order.own_tokens > len(held.ids):
             raise RecipeInvalid(f"{order.own_tokens} leading tokens of a context of {len(held.ids)}")
-        with self._store.pinned(held.context_id), self._link.transferring():
+        flow = Flow(order.transfer, pace_bps=order.rate_bps)
+        with self._store.pinned(held.context_id), self._link.sending(flow):
             async with asyncio.timeout_at(deadline_s):
                 as_text = order.own_tokens == len(held.ids)
                 form = None if as_text else await self._form(job, held, rung)
@@ -99,14 +101,15 @@ class Outgoing:
                 receiver=order.receiver,
                 transfer=order.transfer,
                 request=order.request,
-                pieces=self._pieces(job, pieces(header, bodies)),
+                pieces=self._pieces(job, pieces(header, bodies), flow),
                 total_bytes=header.payload_bytes(),
                 chunk_bytes=order.chunk_bytes,
                 rate_bps=order.rate_bps,
                 expires_s=max(0.0, round(deadline_s - clock(), 3)),
+                on_progress=flow.moved,
             )
         if isinstance(form, Cache):  # what is sent as it is kept says nothing of coding
-            self._engine.meter.encode(header.decoded_bytes() // 4, job.encode_s)
+            self._engine.meter.encode(header.decoded_bytes() // 4, job.encode_s, rung.name)
         self._link.sent(sent.wire_bytes, sent.transfer_s)
         return sent
 
@@ -121,7 +124,7 @@ class Outgoing:
         self._store.keep(held, cache)
         return cache
 
-    async def _pieces(self, job: _Job, pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
+    async def _pieces(self, job: _Job, pieces: Iterator[bytes], flow: Flow) -> AsyncIterator[bytes]:
         """Each piece coded in a thread, timed, when the transfer asks for it."""
 
         def timed() -> tuple[bytes | None, float]:
@@ -132,8 +135,10 @@ class Outgoing:
             piece, seconds = await asyncio.to_thread(timed)
             job.encode_s += seconds
             if piece is None:
+                flow.made(job.payload_bytes, all_of_it=True)
                 return
             job.payload_bytes += len(piece)
+            flow.made(job.payload_bytes)
             yield piece
 
     async def _cancelled(self, job: _Job) -> None:

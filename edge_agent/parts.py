@@ -16,6 +16,7 @@ from broker_config.transfer import Inbox, Incoming
 from edge_agent.engine import Engine
 from edge_agent.errors import AgentError, ContextUnknown, PartFailed, PayloadRejected
 from edge_agent.facts import Fact
+from edge_agent.flow import Flow
 from edge_agent.kv.cache import Cache, concatenate
 from edge_agent.kv.payload import Header
 from edge_agent.kv.reader import PayloadReader
@@ -164,8 +165,8 @@ class Parts:
         incoming = self._inbox.expect(transfer)
         reader = PayloadReader(self._engine.expectation(self._limit_bytes))
         try:
-            with self._link.transferring():
-                await self._read(incoming, reader, progress, order.part_timeout_s)
+            with self._link.receiving(Flow(transfer)) as flow:
+                await self._read(incoming, reader, progress, order.part_timeout_s, flow)
             received = reader.finish()
         except PayloadRejected as error:
             await incoming.refuse(str(error))
@@ -175,13 +176,15 @@ class Parts:
         header = _ordered(reader.header, received, progress.part)
         if received is None:
             return _whole(await self._prefill(order, progress, header.ids()))
-        self._engine.meter.decode_payload(received.elements, progress.decode_s)
+        self._engine.meter.decode_payload(received.elements, progress.decode_s, header.rung)
         if not header.own_tokens:
             return Fetched(received, header.tokens, header.facts)
         own, progress.prefill_s = await self._engine.prefill_context(header.ids(), order.asker)
         return Fetched(concatenate([own, received]), header.tokens, header.facts)
 
-    async def _read(self, incoming: Incoming, reader: PayloadReader, progress: Progress, timeout_s: float) -> None:
+    async def _read(
+        self, incoming: Incoming, reader: PayloadReader, progress: Progress, timeout_s: float, flow: Flow
+    ) -> None:
         """Decode the payload while it arrives. Raises TransferError, and PayloadRejected at the first wrong byte."""
         start = time.perf_counter()
         progress.payload_bytes, progress.decode_s = 0, 0.0
@@ -189,6 +192,7 @@ class Parts:
         try:
             async with asyncio.timeout(timeout_s):
                 async for piece in incoming.pieces():
+                    flow.moved(incoming.received_bytes)
                     begin = time.perf_counter()
                     await asyncio.to_thread(reader.feed, piece)
                     progress.decode_s += time.perf_counter() - begin

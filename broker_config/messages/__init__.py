@@ -1,14 +1,17 @@
 """Typed messages: frozen structs, validated on arrival, with a limit on every field."""
 
 from broker_config.messages.agents import (
+    CodecSpeed,
     ContextInfo,
     LinkQuality,
     Memory,
     ModelInfo,
     Presence,
     Rung,
+    SendProgress,
     Speed,
     Telemetry,
+    codec_family,
 )
 from broker_config.messages.base import PROTOCOL_VERSION, Message, new_id
 from broker_config.messages.bulk import MAX_CHUNK_BYTES, MAX_PROBE_BYTES, Abort, Ack, Bulk, Chunk, Open, Probe
@@ -45,6 +48,7 @@ from broker_config.messages.rounds import (
     LinkReport,
     Piece,
     Planned,
+    PredictionError,
     Refused,
     Remind,
     RoundEvent,
@@ -68,6 +72,7 @@ __all__ = [
     "CancelAsk",
     "CancelOrder",
     "Chunk",
+    "CodecSpeed",
     "ContextInfo",
     "ContextReply",
     "CoordinatorPresence",
@@ -89,6 +94,7 @@ __all__ = [
     "PartOutcome",
     "Piece",
     "Planned",
+    "PredictionError",
     "Presence",
     "Probe",
     "RateStep",
@@ -101,10 +107,12 @@ __all__ = [
     "Rung",
     "SendOrder",
     "SendOutcome",
+    "SendProgress",
     "Speed",
     "Stages",
     "Telemetry",
     "TextReply",
     "TextRequest",
+    "codec_family",
     "new_id",
 ]

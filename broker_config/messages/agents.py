@@ -24,6 +24,17 @@ from broker_config.messages.base import (
     Tokens,
 )
 
+CodecFamily = Annotated[str, Meta(pattern=r"^[a-z]{1,16}\Z", title="family of codecs")]
+SecondsPerToken2 = Annotated[float, Meta(ge=0, le=1e3, title="seconds per token squared")]
+
+_FAMILIES = {"qkvcomm": "mix", "klmix": "mix"}
+
+
+def codec_family(rung: str) -> CodecFamily:
+    """What rungs that take like time to code have in common: float, fp, q, mix or klt, by the letters of the name."""
+    letters = rung[: next((at for at, letter in enumerate(rung) if not letter.isalpha()), len(rung))][:16].lower()
+    return _FAMILIES.get(letters, letters)
+
 
 class Rung(Struct, frozen=True, kw_only=True):
     """One step of a model's ladder, measured when the bundle was made.
@@ -90,14 +101,29 @@ class LinkQuality(Struct, frozen=True, kw_only=True):
     signal_dbm: Annotated[float, Meta(ge=-200, le=50)] | None = None
 
 
+class CodecSpeed(Struct, frozen=True, kw_only=True):
+    """How fast an agent codes cache elements at the rungs of one family."""
+
+    codec: CodecFamily
+    encode_elements_per_s: PerSecond
+    decode_elements_per_s: PerSecond
+
+
 class Speed(Struct, frozen=True, kw_only=True):
-    """Moving averages of an agent's own speed. A prefill of n tokens takes prefill_fixed_s + n / prefill_tps."""
+    """What an agent has learned of its own speed.
+
+    A prefill of n tokens behind m takes prefill_fixed_s + n / prefill_tps + prefill_s_per_token2 · (n² + 2·n·m); the
+    prompt's prefix, which always stands in front, is not counted in m. codecs: what is known of families of rungs;
+    encode_elements_per_s and decode_elements_per_s hold for all others.
+    """
 
     prefill_fixed_s: Seconds
     prefill_tps: PerSecond
+    prefill_s_per_token2: SecondsPerToken2 = 0.0
     decode_tps: PerSecond
     encode_elements_per_s: PerSecond
     decode_elements_per_s: PerSecond
+    codecs: Annotated[tuple[CodecSpeed, ...], Meta(max_length=16)] = ()
 
 
 class ContextInfo(Struct, frozen=True, kw_only=True):
@@ -116,6 +142,17 @@ class ContextInfo(Struct, frozen=True, kw_only=True):
     ready: Annotated[tuple[RungName, ...], Meta(max_length=128)] | None = None
 
 
+class SendProgress(Struct, frozen=True, kw_only=True):
+    """A transfer that an agent is sending. moved_bytes of its payload were acknowledged by the receiver.
+
+    goodput_bps: how fast it moves, if nothing but the network (and its pace) held it back just now; None: not known.
+    """
+
+    transfer: Id
+    moved_bytes: Bytes
+    goodput_bps: BitsPerSecond | None = None
+
+
 class Telemetry(Message, frozen=True, kw_only=True, tag="telemetry"):
     """Every second, retained, so that a coordinator that starts late knows the fleet at once."""
 
@@ -127,5 +164,6 @@ class Telemetry(Message, frozen=True, kw_only=True, tag="telemetry"):
     link: LinkQuality
     speed: Speed | None
     contexts: Annotated[tuple[ContextInfo, ...], Meta(max_length=4_096)] = ()
+    sending: Annotated[tuple[SendProgress, ...], Meta(max_length=64)] = ()
     queued: Count = 0
     note: Reason = ""

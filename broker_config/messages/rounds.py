@@ -175,9 +175,22 @@ class Refused(Message, frozen=True, kw_only=True, tag="refused"):
 RoundEvent = Planned | Piece | Ended | Refused
 
 
+class PredictionError(Struct, frozen=True, kw_only=True):
+    """How far a policy's predictions of E2E were off in its last rounds, as shares of the measured.
+
+    median_bias: above 0 if rounds were mostly faster than predicted.
+    """
+
+    policy: PolicyName
+    rounds: Count
+    median_error: Annotated[float, Meta(ge=0, le=1e6)]
+    median_bias: Annotated[float, Meta(ge=-1, le=1e6)]
+
+
 class CoordinatorPresence(Message, frozen=True, kw_only=True, tag="coordinator"):
-    """Retained: whether a coordinator is there."""
+    """Retained: whether a coordinator is there, and how well it has predicted since it started."""
 
     instance: Id
     state: Literal["online", "offline"]
     policies: tuple[PolicyName, ...] = ()
+    errors: Annotated[tuple[PredictionError, ...], Meta(max_length=64)] = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from contextlib import aclosing, suppress
 from typing import Any, Literal
 
@@ -59,12 +59,15 @@ async def send(
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     rate_bps: float | None = None,
     window_bytes: int = DEFAULT_WINDOW_BYTES,
+    on_progress: Callable[[int], None] | None = None,
 ) -> Sent:
     """Send a payload and wait until the receiver has all of it.
 
     pieces: of any size; they may still be being made. total_bytes: their sum if it is known. chunk_bytes: 1,024 to
     262,144. rate_bps: bits per second at most, envelopes and repeats counted (None: unpaced). window_bytes: so much may
     be unacknowledged at once, but two chunks always may. expires_s: from now on.
+
+    on_progress is told how many bytes of the payload were acknowledged in all, whenever that grows.
 
     Chunks go over bulk, acknowledgements come over control. A lost connection is waited out until the transfer
     expires. Raises TransferRefused, TransferCancelled or TransferExpired, as the receiver or the clock says; what the
@@ -82,6 +85,7 @@ async def send(
     )
     window = Window(window_bytes=window_bytes, rate_bps=rate_bps)
     outgoing = _Outgoing(bulk, opening, receiver, window)
+    outgoing.on_progress = on_progress
     acks = await control.subscribe(ACKS, outgoing.take, sender=sender, receiver=receiver)
     try:
         async with asyncio.timeout(expires_s) as clock:
@@ -127,6 +131,7 @@ class _Outgoing:
         self._forgotten_rounds = 0
         self._wire_bytes = 0
         self._first_s: float | None = None
+        self.on_progress: Callable[[int], None] | None = None
 
     async def run(self, pieces: AsyncIterator[bytes] | Iterable[bytes]) -> Sent:
         """Drive the transfer to its end."""
@@ -163,6 +168,8 @@ class _Outgoing:
             now_s = asyncio.get_running_loop().time()
             if self._window.acknowledged(ack.next_index, ack.missing, now_s):
                 self._forgotten_rounds, self._start_again = 0, False
+                if self.on_progress is not None:
+                    self.on_progress(self._window.acknowledged_bytes)
             elif ack.next_index == 0 and 0 in ack.missing:
                 if self._window.next_index == 0:
                     self._must_open = True  # it has chunks but knows nothing of the transfer

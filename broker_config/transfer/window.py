@@ -54,6 +54,7 @@ class Window:
     next_index: int = 0
     complete: bool = False
     resent: int = 0
+    acknowledged_bytes: int = 0
     _held_bytes: int = 0
     _waiting: set[int] = field(default_factory=set)
     _round_trip_s: float | None = None
@@ -111,6 +112,7 @@ class Window:
         if progress:
             self._measure(next_index - 1, now_s)
             for index in range(self.next_index, next_index):
+                self.acknowledged_bytes += len(self.held[index].data)
                 if not self.held[index].last:
                     self._held_bytes -= len(self.held.pop(index).data)
             self.next_index, self._progress_s, self._timeouts = next_index, now_s, 0

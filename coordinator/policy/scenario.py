@@ -7,7 +7,7 @@ text (a note on the link): no rung within quality floor and memory pressure, or 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from broker_config.messages import DEFAULT_QUALITY_FLOOR, Ask, ContextInfo, ModelInfo
 from coordinator.errors import ModelsDiffer, RequestImpossible
@@ -24,6 +24,8 @@ from coordinator.policy.rungs import PressureCaps, allowed_rungs, common_rungs, 
 
 LEAST_FREE = 0.05
 """A round that comes while a channel is full is planned as if a twentieth were free: what is in flight will end."""
+LARGEST_BPS = 1e15
+"""As messages have it."""
 BYTES_PER_TOKEN = 4
 """English text in the vocabularies used here; the question is short beside the contexts."""
 QUESTION_FRAME_TOKENS = 12
@@ -71,10 +73,13 @@ def build_scenario(
     tie_fraction: float = TIE_FRACTION,
     header_bytes: int = HEADER_BYTES,
     expiry_s: float = EXPIRY_S,
+    link_factors: Mapping[tuple[str, str], float] | None = None,
+    overheads_s: Mapping[str, float] | None = None,
 ) -> Scenario:
     """The links of all requests, in the order of the requests and of their sources.
 
-    airtime_free: what transfers in flight leave of each channel (1 if not named; raised to LEAST_FREE).
+    airtime_free: what transfers in flight leave of each channel (1 if not named; raised to LEAST_FREE). link_factors:
+    by (sender, receiver), what is multiplied with the measured rate of a link; overheads_s: by receiver.
     Raises AgentUnknown, AgentOffline, ContextNotHeld, ContextAmbiguous, ModelsDiffer, RequestImpossible (also where a
     sender's ladder lacks the rung that is asked for).
     """
@@ -85,7 +90,14 @@ def build_scenario(
         sources = [resolve_source(fleet, source, now_s, expiry_s) for source in request.sources]
         _check(fleet, request, sources)
         links += [
-            _link(fleet, index, request, source, channels=channels, caps=caps or PressureCaps()) for source in sources
+            replace(
+                scaled(
+                    _link(fleet, index, request, source, channels=channels, caps=caps or PressureCaps()),
+                    (link_factors or {}).get((source[0], request.receiver), 1.0),
+                ),
+                receiver_overhead_s=(overheads_s or {}).get(request.receiver, 0.0),
+            )
+            for source in sources
         ]
         terms.append(
             RequestTerms(
@@ -102,6 +114,15 @@ def build_scenario(
         airtime_free={name: min(1.0, max(LEAST_FREE, free)) for name, free in sorted((airtime_free or {}).items())},
         header_bytes=header_bytes,
         tie_fraction=tie_fraction,
+    )
+
+
+def scaled(link: Link, factor: float) -> Link:
+    """The link at so many times its rate, on all its channels."""
+    return replace(
+        link,
+        link_bps=min(factor * link.link_bps, LARGEST_BPS),
+        channels=tuple((name, min(factor * bps, LARGEST_BPS)) for name, bps in link.channels),
     )
 
 
@@ -187,4 +208,5 @@ def _link(
         sender_pressure=sent.memory.pressure,
         receiver_pressure=received.memory.pressure,
         note=note,
+        kept=context.rung if context.cached else None,
     )

@@ -8,6 +8,8 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
+
 from broker_config import topics
 from broker_config.errors import BrokerUnreachable
 from broker_config.messages import (
@@ -31,6 +33,7 @@ from broker_config.messages import (
     RoundEvent,
     SendOrder,
     SendOutcome,
+    SendProgress,
 )
 from broker_config.topics import Topic
 from coordinator.journal import Journal
@@ -75,6 +78,7 @@ class FakeAgent:
     ) -> None:
         self.bus, self.name, self.contexts, self.number = broker.bus(), name, tuple(contexts), number
         self.orders: list[Order] = []
+        self.sending: tuple[SendProgress, ...] = ()
         self._model = model
         self._news = asyncio.Event()
         self._sequence = 0
@@ -100,7 +104,8 @@ class FakeAgent:
 
     async def report(self) -> None:
         """Telemetry, once."""
-        message = telemetry(self.name, self.number, self._sequence, contexts=self.contexts)
+        known = telemetry(self.name, self.number, self._sequence, contexts=self.contexts)
+        message = msgspec.structs.replace(known, sending=self.sending)
         self._sequence += 1
         await self.bus.publish(topics.TELEMETRY, message, agent=self.name)
 

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker_config.messages import Speed, Stages
-from coordinator.latency import Decision, payload_bytes
+from broker_config.messages import CodecSpeed, Speed, Stages, codec_family
+from coordinator.latency import Decision, decode_s, encode_s, payload_bytes, prefill_s
 from coordinator.timeline import evaluate
 from tests.coordinator.builders import ELEMENTS_PER_TOKEN, LADDER, SPEED, make_link, random_scenario, scenario_of
 
@@ -122,3 +123,62 @@ def test_a_faster_rate_never_ends_a_round_later(seed: int) -> None:
             for at, d in enumerate(slow)
         ]
         assert evaluate(scenario, faster).e2e_s <= before_s + 1e-9
+
+
+def test_a_prefill_slows_with_its_length_and_with_what_stands_before_it() -> None:
+    speed = msgspec.structs.replace(SPEED, prefill_s_per_token2=1e-6)
+    assert prefill_s(speed, 0, 500) == 0.0
+    assert prefill_s(speed, 300) == pytest.approx(0.02 + 2.0 + 0.09)
+    pieces_s = sum(prefill_s(speed, 100, behind) for behind in (0, 100, 200))
+    assert pieces_s == pytest.approx(prefill_s(speed, 300) + 2 * 0.02)  # what is fixed comes with every call
+    link = make_link(receiver_speed=speed)
+    assert evaluate(scenario_of([link]), [TOKENS]).question_s[0] == pytest.approx(prefill_s(speed, 20, 400))
+
+
+CODING = msgspec.structs.replace(
+    SPEED, codecs=(CodecSpeed(codec="klt", encode_elements_per_s=1e6, decode_elements_per_s=2e6),)
+)
+
+
+def test_coding_is_as_fast_as_the_rungs_family_and_costs_nothing_where_a_cache_is_kept_so() -> None:
+    assert encode_s(CODING, 600) == encode_s(CODING, 600, "q8") == encode_s(CODING, 600, "q8", "float32") == 600 / 6e7
+    assert encode_s(CODING, 600, "klt5-h50") == 600 / 1e6
+    assert encode_s(CODING, 600, "klt5", "klt5") == 0.0
+    assert encode_s(CODING, 600, "float32", "float32") == 600 / 6e7
+    assert encode_s(CODING, 600, "klt5", "klt3") == 600 / 1e6 + 600 / 2e6
+    assert decode_s(CODING, 600, "klt5") == 600 / 2e6
+    assert decode_s(CODING, 600) == decode_s(CODING, 600, "fp16") == 600 / 1.2e8
+    assert encode_s(None, 600, "klt5") == decode_s(None, 600, "klt5") == 0.0
+
+
+def test_a_family_of_speed_zero_is_not_a_measured_one() -> None:
+    codec = CodecSpeed(codec="klt", encode_elements_per_s=0.0, decode_elements_per_s=2e6)
+    speed = msgspec.structs.replace(SPEED, codecs=(codec,))
+    assert encode_s(speed, 600, "klt5") == 600 / 6e7
+    assert decode_s(speed, 600, "klt5") == 600 / 1.2e8
+
+
+@pytest.mark.parametrize(
+    ("rung", "family"),
+    [
+        ("float32", "float"),
+        ("fp16", "fp"),
+        ("q8", "q"),
+        ("klt5", "klt"),
+        ("klt6-h30-b2", "klt"),
+        ("mix4-l70-whole", "mix"),
+        ("klmix6", "mix"),
+        ("qkvcomm-8", "mix"),
+        ("8bit", ""),
+        ("", ""),
+    ],
+)
+def test_the_letters_of_a_rungs_name_are_its_family(rung: str, family: str) -> None:
+    assert codec_family(rung) == family
+
+
+def test_what_the_receiver_needs_besides_comes_once_per_request() -> None:
+    links = [make_link(receiver_overhead_s=0.1), make_link(sender="pi-2", receiver_overhead_s=0.1)]
+    without = [make_link(), make_link(sender="pi-2")]
+    late_s = evaluate(scenario_of(links), [TOKENS] * 2).e2e_s
+    assert late_s == pytest.approx(evaluate(scenario_of(without), [TOKENS] * 2).e2e_s + 0.1)

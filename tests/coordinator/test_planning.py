@@ -21,6 +21,7 @@ from coordinator.errors import (
     RequestImpossible,
 )
 from coordinator.fleet import Fleet, apply
+from coordinator.learning import Learning
 from coordinator.planning import HOLDERS, airtime_free, local_source, plan_round, text_holders
 from coordinator.policy import LinkPlan
 from coordinator.round import LocalSource, Round
@@ -68,6 +69,28 @@ def test_a_round_knows_when_it_was_accepted_by_whom_it_is_answered_and_under_whi
     assert (round_.accepted_s, round_.receiver_instance, round_.policy) == (1.0, instance(1), "token")
     assert [(link.sender, link.medium) for link in links(round_)] == [("pi-1", "tokens"), ("pi-2", "tokens")]
     assert [link.medium for link in links(plan(question()))] == ["cache", "cache"]
+
+
+def test_what_was_learned_scales_rates_and_what_others_occupy_and_adds_what_the_receiver_needs() -> None:
+    class Taught(Learning):
+        link_factors = {("pi-1", "jetson-1"): 0.5}  # noqa: RUF012
+        overheads_s = {"jetson-1": 0.25}  # noqa: RUF012
+
+    def planned(learning: Learning | None) -> Round:
+        return plan_round(
+            question(), fleet=fleet(), settings=SETTINGS, running=(), texts=Texts(), now_s=1.0, learning=learning
+        )
+
+    before, after = planned(Learning()), planned(Taught())
+    assert before.plan is not None
+    assert after.plan is not None
+    assert [link.link_bps for link in links(after)] == [1e7, 2e7]
+    assert [after.factor(link) for link in links(after)] == [0.5, 1.0]
+    assert after.overhead_s == 0.25
+    assert after.plan.predicted_e2e_s > before.plan.predicted_e2e_s + 0.25
+    free = airtime_free(fleet(), SETTINGS, [after], Taught().link_factors)
+    assert free["pi-1/up"] == pytest.approx(1 - links(after)[0].share_bps / 1e7)
+    assert free["pi-2/up"] == pytest.approx(1 - links(after)[1].share_bps / 2e7)
 
 
 def test_a_source_that_the_receiver_holds_itself_is_local_and_keeps_its_place() -> None:

@@ -24,12 +24,14 @@ from broker_config.messages import (
     CoordinatorPresence,
     Ended,
     GiveContext,
+    PaceOrder,
     Piece,
     Planned,
     Refused,
     Remind,
     RoundReport,
     SendOrder,
+    SendProgress,
     TextReply,
     TextRequest,
     new_id,
@@ -476,6 +478,50 @@ def test_an_end_that_cannot_be_told_is_told_when_the_broker_is_back(tmp_path: Pa
         for ask in asks[:2]:
             assert (await ended(site, ask)).state == "answered"
         assert isinstance(await site.asker.end(asks[2].request), Refused)
+
+    play(tmp_path, story)
+
+
+def test_the_error_of_a_prediction_is_told_after_the_round_and_retained(tmp_path: Path) -> None:
+    async def story(site: FakeSite) -> None:
+        ask = question()
+        await site.asker.ask(ask)
+        order = await site.receiver.order(AnswerOrder)
+        await site.deliver(order, [site.pi_1, site.pi_2])
+        await asyncio.sleep(1)
+        await site.receiver.piece(order, 0, "north")
+        await site.receiver.tell(answered(order))
+        report = await ended(site, ask)
+        assert report.e2e_s is not None
+        seen: list[CoordinatorPresence] = []
+        await site.asker.bus.subscribe(topics.COORDINATOR, lambda presence, _: seen.append(presence))
+        (error,) = seen[-1].errors
+        assert (error.policy, error.rounds, seen[-1].state) == ("kv", 1, "online")
+        assert error.median_bias == pytest.approx(report.predicted_e2e_s / report.e2e_s - 1)
+
+    play(tmp_path, story)
+
+
+def test_a_sender_that_falls_behind_has_its_share_and_the_others_revised_under_way(tmp_path: Path) -> None:
+    async def story(site: FakeSite) -> None:
+        site.pi_1.contexts, site.pi_2.contexts = (context("report", 3_000),), (context("log", 3_000),)
+        await asyncio.sleep(2)  # so long that there is time to revise
+        ask = question()
+        await site.asker.ask(ask)
+        order = await site.receiver.order(AnswerOrder)
+        sends = [await agent.order(SendOrder) for agent in (site.pi_1, site.pi_2)]
+        for agent, send, share in zip((site.pi_1, site.pi_2), sends, (0.2, 1.0), strict=True):
+            assert send.rate_bps is not None
+            agent.sending = (SendProgress(transfer=send.transfer, moved_bytes=0, goodput_bps=share * send.rate_bps),)
+        slowed, other = await site.pi_1.order(PaceOrder), await site.pi_2.order(PaceOrder)
+        assert (slowed.transfer, other.transfer) == (sends[0].transfer, sends[1].transfer)
+        assert slowed.rate_bps == pytest.approx(0.2 * (sends[0].rate_bps or 0), rel=0.2)
+        assert (other.rate_bps or 0) > 1.1 * (sends[1].rate_bps or 0)
+        await site.deliver(order, [site.pi_1, site.pi_2])
+        await site.receiver.tell(answered(order))
+        report = await ended(site, ask)
+        assert [link.note.partition(" to ")[0] for link in report.links] == ["share revised"] * 2
+        assert len(site.pi_1.orders_of(PaceOrder)) == len(site.pi_2.orders_of(PaceOrder)) == 1
 
     play(tmp_path, story)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 from scipy.optimize import minimize
 
+from broker_config.messages import CodecSpeed
 from coordinator.latency import Decision, Scenario
 from coordinator.policy.shares import Shares
 from coordinator.table import Flags
@@ -144,3 +146,27 @@ def test_a_link_that_passes_a_cell_twice_gets_half_of_it() -> None:
 def test_an_empty_context_is_planned_without_dividing_by_nothing() -> None:
     found = Shares(scenario_of([make_link(tokens=0)])).allocate(np.zeros(1))
     assert found.prediction.e2e_s > 0
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_speeds_by_codec_kept_rungs_and_overheads_leave_the_promise_true(seed: int) -> None:
+    codec = CodecSpeed(codec="int", encode_elements_per_s=3e6, decode_elements_per_s=5e6)
+    scenario = random_scenario(seed, links=1 + seed % 6, receivers=1 + seed % 2)
+    scenario = replace(
+        scenario,
+        links=tuple(
+            replace(
+                link,
+                sender_speed=msgspec.structs.replace(link.sender_speed, codecs=(codec,), prefill_s_per_token2=1e-6),
+                receiver_speed=msgspec.structs.replace(link.receiver_speed, codecs=(codec,)),
+                kept="int8" if index % 2 else "fp16",
+                receiver_overhead_s=0.2,
+            )
+            for index, link in enumerate(scenario.links)
+            if link.sender_speed and link.receiver_speed
+        ),
+    )
+    shares = Shares(scenario)
+    for rungs in (shares.tightest(), tuple(len(link.rungs) - 1 for link in scenario.links)):
+        found = shares.allocate(shares.own_of(some_media(shares, seed)), rungs)
+        assert found.prediction.e2e_s <= found.within_s * (1 + 1e-9)

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, example, given, settings
 from rich.console import Console
 
 from broker_config import topics
-from broker_config.messages import Ended, LinkReport, Presence, RoundReport, Stages, Telemetry
+from broker_config.messages import Ended, LinkReport, PredictionError, Presence, RoundReport, Stages, Telemetry
 from coordinator.fleet import Fleet, apply
-from coordinator.show import fleet_table, medium, outcome_lines, plan_lines, rate, seconds, size, stages
+from coordinator.show import error_lines, fleet_table, medium, outcome_lines, plan_lines, rate, seconds, size, stages
 from tests.broker_config.strategies import messages
 from tests.coordinator.builders import MODEL, context, digest, fleet_of, instance, presence, telemetry
 
@@ -89,7 +89,18 @@ def test_an_outcome_says_bytes_beside_fp16_and_text_and_predicted_beside_measure
             "pi-1:report: 4.9 MB on the wire (fp16 cache 9.2 MB, text 800 B); predicted/measured encode 0.08/0.10 s, "
             "transfer 1.50/1.75 s, decode 0.04/0.05 s"
         ),
-        "question 0.25/0.30 s; E2E 2.00/2.25 s, whole answer 3.50 s; deadline 3 s kept",
+        "question 0.25/0.30 s; E2E 2.00/2.25 s (-11%), whole answer 3.50 s; deadline 3 s kept",
+    ]
+
+
+def test_prediction_errors_are_a_line_for_each_policy() -> None:
+    errors = [
+        PredictionError(policy="jmsra", rounds=12, median_error=0.113, median_bias=-0.042),
+        PredictionError(policy="kv", rounds=1, median_error=0.2, median_bias=0.2),
+    ]
+    assert list(error_lines(errors)) == [
+        "jmsra: E2E predicted within 11% (median of the last 12 rounds, predicted less measured -4%)",
+        "kv: E2E predicted within 20% (median of the last 1 round, predicted less measured +20%)",
     ]
 
 

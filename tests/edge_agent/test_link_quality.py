@@ -17,7 +17,8 @@ from broker_config.bus import Handler, Subscription
 from broker_config.errors import BrokerUnreachable
 from broker_config.messages import Probe
 from broker_config.topics import Topic
-from edge_agent import link_quality
+from edge_agent import flow, link_quality
+from edge_agent.flow import Flow
 from edge_agent.link_quality import LARGEST_PROBE_BYTES, QUIET_S, SMALLEST_PROBE_BYTES, LinkMeter, signal_dbm
 from tests.memory_bus import MemoryBroker
 from tests.virtual_time import run_virtual
@@ -63,7 +64,8 @@ def _clock(monkeypatch: pytest.MonkeyPatch) -> None:
     def now() -> float:
         return asyncio.get_running_loop().time()
 
-    monkeypatch.setattr(link_quality, "time", SimpleNamespace(perf_counter=now, monotonic=now))
+    for module in (flow, link_quality):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=now, monotonic=now))
 
 
 def metered(link: Link, work: Callable[[LinkMeter], Awaitable[None]], wireless: Path = Path("/nowhere")) -> LinkMeter:
@@ -253,6 +255,50 @@ def test_a_large_transfer_that_was_faster_is_believed_and_a_slower_or_small_one_
         assert meter.quality.downlink_bps == 8 * 2**22
 
     metered(link, run)
+
+
+async def moved(flow: Flow, bytes_per_s: float, seconds: float = 1.0) -> None:
+    start = flow.moved_bytes
+    for step in range(1, round(seconds / 0.05) + 1):
+        await asyncio.sleep(0.05)
+        flow.moved(int(start + bytes_per_s * step * 0.05))
+
+
+def test_transfers_under_way_move_the_rates_clearly_and_the_probes_word_holds_again_after_them() -> None:
+    async def run(meter: LinkMeter) -> None:
+        await three_probes(meter)
+        probed = meter.quality
+        with meter.sending(Flow("aa")) as out, meter.receiving(Flow("bb")) as back:
+            out.made(10**9)
+            await asyncio.gather(moved(out, 0.95e6), moved(back, 0.1e6))
+            assert meter.quality == probed  # a little slower, and what came in may have been sent slowly
+            await asyncio.gather(moved(out, 0.25e6), moved(back, 2e6))
+            assert meter.quality.uplink_bps == pytest.approx(2e6, rel=0.05)
+            assert meter.quality.downlink_bps == pytest.approx(16e6, rel=0.05)
+            await moved(out, 3e6)
+            assert meter.quality.uplink_bps == pytest.approx(24e6, rel=0.05)
+        assert meter.quality == probed
+
+    metered(Link(up_bps=8e6, down_bps=8e6), run)
+
+
+def test_a_paced_transfer_leaves_the_uplink_and_tells_its_own_progress() -> None:
+    async def run(meter: LinkMeter) -> None:
+        await three_probes(meter)
+        probed = meter.quality
+        with meter.sending(Flow("aa", pace_bps=4e6)) as paced:
+            paced.made(10**9)
+            await moved(paced, 0.1e6)
+            with meter.sending(Flow("bb")) as other:
+                other.made(10**9)
+                await moved(other, 0.1e6)
+                assert meter.quality == probed
+                first, second = meter.progress
+        assert (first.transfer, first.moved_bytes, second.transfer) == ("aa", 100_000, "bb")
+        assert second.goodput_bps == pytest.approx(0.8e6, rel=0.05)
+        assert meter.progress == ()
+
+    metered(Link(up_bps=8e6, down_bps=8e6), run)
 
 
 async def test_probes_fit_their_topics_and_come_back_over_a_bus() -> None:

@@ -1,0 +1,76 @@
+"""A transfer under way, seen from one end: how much has moved, and how fast when only the network holds it back."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+WINDOW_S = 0.5
+LEAST_WINDOW_S = 0.4
+LONGEST_WINDOW_S = 3.0
+LEAST_SAMPLES = 6
+"""Where so few reports came within WINDOW_S, those of a longer time are taken."""
+BACKLOG_BYTES = 192 * 1024
+"""So much that was made and has not arrived keeps a link busy; less, and it may wait for the encoder."""
+KEEPS_PACE = 0.8
+"""A transfer this near to its pace is held back by that, not by the link."""
+
+
+class Flow:
+    """One direction of one transfer. pace_bps: its share now (None: unpaced).
+
+    Whoever sends says what was `made`, and when that is all; both ends say what has `moved`, as a running total.
+    """
+
+    def __init__(self, transfer: str = "", *, pace_bps: float | None = None) -> None:
+        self.transfer, self.pace_bps = transfer, pace_bps
+        self.moved_bytes = 0
+        self._made_bytes = 0
+        self._all_made = False
+        self._samples: deque[tuple[float, int, bool]] = deque()
+
+    def made(self, total_bytes: int, *, all_of_it: bool = False) -> None:
+        """So much of the payload was handed over to be sent."""
+        self._made_bytes = max(self._made_bytes, total_bytes)
+        self._all_made = self._all_made or all_of_it
+
+    def moved(self, total_bytes: int) -> None:
+        """So much of it has arrived."""
+        now_s = time.monotonic()
+        self.moved_bytes = max(self.moved_bytes, total_bytes)
+        self._samples.append((now_s, self.moved_bytes, self._busy))
+        while len(self._samples) > LEAST_SAMPLES and (
+            self._samples[1][0] < now_s - WINDOW_S or self._samples[0][0] < now_s - LONGEST_WINDOW_S
+        ):
+            self._samples.popleft()
+
+    @property
+    def rate_bps(self) -> float | None:
+        """At which it moved in the last half second, whatever held it back; None before that is over.
+
+        Silence counts once it is longer than twice the usual time between two reports.
+        """
+        if len(self._samples) < 2:
+            return None
+        (first_s, first_bytes, _), (last_s, last_bytes, _) = self._samples[0], self._samples[-1]
+        now_s, usual_s = time.monotonic(), (last_s - first_s) / (len(self._samples) - 1)
+        until_s = now_s if now_s - last_s > max(2 * usual_s, WINDOW_S / 5) else last_s
+        if until_s - first_s < LEAST_WINDOW_S:
+            return None
+        return 8 * (last_bytes - first_bytes) / (until_s - first_s)
+
+    @property
+    def goodput_bps(self) -> float | None:
+        """The same, if all the while more was there to be sent; None if the link may have waited."""
+        return self.rate_bps if self._busy and all(busy for _, _, busy in self._samples) else None
+
+    @property
+    def link_bps(self) -> float | None:
+        """The rate of the link, as far as a transfer tells: not if it was paced and kept its pace."""
+        goodput_bps = self.goodput_bps
+        kept = goodput_bps is not None and self.pace_bps is not None and goodput_bps >= KEEPS_PACE * self.pace_bps
+        return None if kept else goodput_bps
+
+    @property
+    def _busy(self) -> bool:
+        return self._all_made or self._made_bytes - self.moved_bytes >= BACKLOG_BYTES
