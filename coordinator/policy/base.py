@@ -1,7 +1,7 @@
 """What every policy is, and what it gives: a plan, from a scenario, without looking at anything else.
 
-A policy differs from another in `media` alone: which links carry a cache. Rungs, shares and prediction are the same
-code for all, so that they can be compared (methods, section 2: one evaluator).
+A policy differs from another in `choose` alone: which tokens of which links travel as cache. Rungs, shares and
+prediction are the same code for all, so that they can be compared (methods, section 2: one evaluator).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Literal, Protocol
 
 from broker_config.messages import LinkReport, Stages
 from coordinator.latency import Decision, Link, Prediction, Scenario, payload_bytes
+from coordinator.numbers import Flags
 from coordinator.policy.rungs import raise_rungs
 from coordinator.policy.shares import Allocation, Shares
-from coordinator.table import Flags
 
 Medium = Literal["tokens", "cache", "split"]
 
@@ -122,22 +122,38 @@ class Policy(Protocol):
         """Medium, rung and share of every link."""
 
 
-class BinaryPolicy:
-    """A policy that gives every link one medium whole: its tokens or its cache."""
+class StagedPolicy:
+    """A policy that first ends the round as early as it can, on the tightest rungs, and then raises these."""
 
     name: str
+
+    def choose(self, shares: Shares) -> Allocation:
+        """What each link carries, with its rates, on the tightest rungs."""
+        raise NotImplementedError
+
+    def bound_s(self, shares: Shares, chosen: Allocation) -> float | None:  # noqa: ARG002
+        """An E2E below which no plan is; None where the policy knows of none."""
+        return None
+
+    def plan(self, scenario: Scenario) -> Plan:
+        """Chosen, then raised."""
+        if not scenario.links:
+            return nothing(self.name)
+        shares = Shares(scenario)
+        chosen = self.choose(shares)
+        return describe(self.name, scenario, raise_rungs(shares, chosen), bound_s=self.bound_s(shares, chosen))
+
+
+class BinaryPolicy(StagedPolicy):
+    """A policy that gives every link one medium whole: its tokens or its cache."""
 
     def media(self, shares: Shares) -> Flags:
         """Which links carry their cache, (K,) bool; only where `shares.may_cache`."""
         raise NotImplementedError
 
-    def plan(self, scenario: Scenario) -> Plan:
-        """Media on the tightest rungs, then the rungs raised."""
-        if not scenario.links:
-            return nothing(self.name)
-        shares = Shares(scenario)
-        base = shares.allocate(shares.own_of(self.media(shares)))
-        return describe(self.name, scenario, raise_rungs(shares, base))
+    def choose(self, shares: Shares) -> Allocation:
+        """Min-max shares of these media."""
+        return shares.allocate(shares.own_of(self.media(shares)))
 
 
 def nothing(policy: str) -> Plan:

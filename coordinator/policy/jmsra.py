@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from coordinator.numbers import Flags, Floats
 from coordinator.policy.base import BinaryPolicy
 from coordinator.policy.shares import Allocation, Shares
-from coordinator.table import Flags, Floats
 
 TIE_S = 1e-9
 

@@ -6,55 +6,68 @@ compared, by the min-max allocation of rates, with all tokens, all caches, and w
 of few links the best is then improved by moving slices, alone and between two links, until nothing is gained. So it
 is never later than any of those. Then rungs are raised with the time that is left.
 
-Exact under A1-A5 but for whole tokens. Where it isn't, `Plan.bound_s` says below which E2E no plan of constant rates is.
+Exact under A1-A5 but for whole tokens. Where it isn't, `Plan.bound_s` says below which E2E no plan of constant rates
+is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from coordinator.latency import Scenario
-from coordinator.policy.base import Plan, describe, nothing
+from coordinator.numbers import Floats, Ints
+from coordinator.policy.base import StagedPolicy
 from coordinator.policy.jmsra import binary_choices
 from coordinator.policy.relaxed import Relaxed
-from coordinator.policy.rungs import raise_rungs
-from coordinator.policy.shares import Allocation, Shares
-from coordinator.table import WHOLE, Floats
+from coordinator.policy.shares import LONGEST_S, Allocation, Shares
+from coordinator.table import WHOLE
 
 FEW_LINKS = 12
 """Up to so many, splits are improved by moves; JMSRA is asked too, whose search takes time with the cube of links."""
 LATER = (1.0, 1.003, 1.01, 1.03, 1.1, 1.3)
 """Splits are drawn for T so much later than the relaxed one: what rounding takes must be had back."""
+LATER_OF_MANY = (1.003, 1.03)
+ROUGHLY, FINELY = 1e-4, 1e-7
+"""Of many links, the shares of E2E to which choices are compared, and rates are worked out."""
 LEAST_GAIN = 1e-6
 MOVES = 400
 
 
-class OptimumPolicy:
+class OptimumPolicy(StagedPolicy):
     """Splits by linear programme, rounding and moves; min-max shares by bisection."""
 
     name = "optimum"
 
-    def plan(self, scenario: Scenario) -> Plan:
-        """Splits on the tightest rungs, then the rungs raised."""
-        if not scenario.links:
-            return nothing(self.name)
-        shares = Shares(scenario)
-        best = optimum(shares)
-        return describe(self.name, scenario, raise_rungs(shares, best), bound_s=lower_bound(shares, best))
+    def choose(self, shares: Shares) -> Allocation:
+        """The best splits found."""
+        return optimum(shares)
+
+    def bound_s(self, shares: Shares, chosen: Allocation) -> float:
+        """See `lower_bound`."""
+        return lower_bound(shares, chosen)
 
 
-def optimum(shares: Shares, rungs: tuple[int, ...] | None = None) -> Allocation:
+def optimum(shares: Shares, rungs: Ints | None = None) -> Allocation:
     """The earliest that was found, on these rungs (the tightest if none are named)."""
     rungs = shares.tightest() if rungs is None else rungs
-    few = shares.table.count <= FEW_LINKS
-    starts = [shares.allocate(own, rungs) for own in binary_choices(shares, searched=few)]
-    early = min(start.within_s for start in starts)
-    drawn = draw(shares, rungs, early)
+    if shares.table.count > FEW_LINKS:
+        return _of_many(shares, rungs)
+    starts = [shares.allocate(own, rungs) for own in binary_choices(shares, searched=True)]
+    drawn = draw(shares, rungs, min(start.within_s for start in starts), LATER)
     found = shares.least(shares.rows(drawn, rungs))
     if found is not None:
         starts.append(shares.allocate(drawn[found[0][0]], rungs))
-    best = earliest(starts)
-    return improved(shares, best) if few else best
+    return improved(shares, earliest(starts))
+
+
+def _of_many(shares: Shares, rungs: Ints) -> Allocation:
+    """The best of all tokens, all caches and what is drawn; compared roughly, then worked out for one."""
+    ends = np.array(binary_choices(shares, searched=False))
+    found = shares.least(shares.rows(ends, rungs), tolerance=ROUGHLY)
+    rows = np.concatenate([ends, draw(shares, rungs, LONGEST_S if found is None else found[1], LATER_OF_MANY)])
+    found = shares.least(shares.rows(rows, rungs), tolerance=ROUGHLY)
+    return shares.allocate(rows[found[0][0] if found is not None else 0], rungs, tolerance=FINELY)
 
 
 def earliest(allocations: list[Allocation]) -> Allocation:
@@ -62,15 +75,15 @@ def earliest(allocations: list[Allocation]) -> Allocation:
     return min(allocations, key=lambda each: (round(each.e2e_s / (1 + each.e2e_s), 9), each.bits))
 
 
-def draw(shares: Shares, rungs: tuple[int, ...], early_s: float) -> Floats:
+def draw(shares: Shares, rungs: Ints, early_s: float, later: Sequence[float]) -> Floats:
     """Splits for a T that the relaxed programme allows, and for somewhat later ones: (M, K) own tokens, rounded."""
     relaxed = Relaxed(shares, rungs, hopeful=False)
     least_s = relaxed.least_s(0.0, early_s * 1.5)
     table, rows = shares.table, []
-    for factor in LATER if table.count <= FEW_LINKS else LATER[1:5:2]:
+    for factor in later:
         own = table.tokens - relaxed.needed(least_s * factor).cached
         rows += rounded(shares, own)
-    return np.unique(np.array(rows), axis=0)
+    return np.array(rows)
 
 
 def rounded(shares: Shares, own: Floats) -> list[Floats]:
@@ -81,6 +94,8 @@ def rounded(shares: Shares, own: Floats) -> list[Floats]:
         return [own]
     size = table.slice_tokens
     below = np.where(own < table.tokens, np.floor(own / size) * size, table.tokens)
+    if table.count > FEW_LINKS:
+        return [below]
     return [
         below,
         np.minimum(np.ceil(own / size) * size, table.tokens),

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from coordinator.numbers import Flags, Floats, Ints
 from coordinator.policy.shares import Shares
-from coordinator.table import WHOLE, Flags, Floats
+from coordinator.table import WHOLE
 
 PRICINGS = 6
 TOLERANCE = 1e-4
@@ -44,9 +45,7 @@ class Relaxed:
     tangents, which are nowhere above them.
     """
 
-    def __init__(
-        self, shares: Shares, rungs: tuple[int, ...], *, hopeful: bool, near_bps: Floats | None = None
-    ) -> None:
+    def __init__(self, shares: Shares, rungs: Ints, *, hopeful: bool, near_bps: Floats | None = None) -> None:
         table = self._table = shares.table
         self._hopeful = hopeful
         self._bits, self._encode_s, self._decode_s = shares.coded(rungs)
@@ -105,7 +104,7 @@ class Relaxed:
             return np.zeros(self._table.count)
         size = self._table.slice_tokens
         last = self._tokens - (np.ceil(self._tokens / size) - 1) * size
-        return last if hopeful else np.minimum(self._tokens, size)
+        return np.asarray(last if hopeful else np.minimum(self._tokens, size))
 
     def _earliest(self, by_link: Floats) -> Floats:
         found = np.full(self._table.receivers.count, np.inf)
@@ -191,13 +190,13 @@ class Relaxed:
         """What of each channel these rates take at least."""
         table = self._table
         shares = self._intercept + self._slope * rates[table.pair_link]
-        return np.bincount(table.pair_channel, weights=shares, minlength=len(table.free))
+        return np.asarray(np.bincount(table.pair_channel, weights=shares, minlength=len(table.free)), dtype=np.float64)
 
     def _costs(self, share_s: Floats) -> Floats:
         """What a token of cache costs each link at the channels' prices."""
         table = self._table
         costs = share_s[table.pair_link] * self._slope * self._prices[table.pair_channel]
-        return np.bincount(table.pair_link, weights=costs, minlength=table.count)
+        return np.asarray(np.bincount(table.pair_link, weights=costs, minlength=table.count), dtype=np.float64)
 
     def _cheapest(self, wanted_s: Floats, most: Floats, costs: Floats) -> Floats:
         """Of each receiver the tokens that spare it so many seconds at the least cost, the last one in part."""
@@ -207,4 +206,5 @@ class Relaxed:
         order = np.lexsort((ratio, receivers.index))
         still_s = wanted_s[receivers.index] - receivers.before(gains_s, order)
         taken_s = np.clip(still_s, 0.0, np.maximum(gains_s, 0.0))
-        return np.divide(taken_s, self._gain_s, out=np.zeros_like(taken_s), where=self._open & (taken_s > 0))
+        sparing = self._open & (taken_s > 0)
+        return np.asarray(np.divide(taken_s, self._gain_s, out=np.zeros_like(taken_s), where=sparing))

@@ -13,8 +13,8 @@ import numpy as np
 
 from broker_config.messages import ModelInfo, Rung
 from coordinator.errors import RequestImpossible
+from coordinator.numbers import Floats
 from coordinator.policy.shares import Allocation, Shares
-from coordinator.table import Floats
 
 
 @dataclass(frozen=True)
@@ -68,34 +68,32 @@ def raise_rungs(shares: Shares, base: Allocation) -> Allocation:
     climb first (ties: in the order of the scenario), each as long as its channels hold what it takes more.
     """
     limits_s = _limits(shares, base)
-    losses = [[rung.kl for rung in link.rungs] or [0.0] for link in shares.scenario.links]
-    tops = np.array([len(own) - 1 for own in losses])
-    rungs = np.array(base.rungs, dtype=np.intp)
-    rates = shares.needed(base.own, base.rungs, limits_s)
-    climbing = base.carries & (rungs < tops)
+    ladders, links = shares.table.ladders, np.arange(shares.table.count)
+    rungs = base.rungs
+    rates = shares.needed(base.own, rungs, limits_s)
+    climbing = base.carries & (rungs < ladders.top)
     while climbing.any():
-        loss = np.array([own[rung] for own, rung in zip(losses, rungs.tolist(), strict=True)])
+        loss = ladders.loss[links, rungs]
         lossiest = climbing & (loss == loss[climbing].max())
-        raised = tuple(np.where(lossiest, rungs + 1, rungs).tolist())
+        raised = np.where(lossiest, rungs + 1, rungs)
         fit, alone = shares.affordable(rates, shares.needed(base.own, raised, limits_s), lossiest)
         higher = np.where(fit, rungs + 1, rungs)
-        wanted = shares.needed(base.own, tuple(higher.tolist()), limits_s)
+        wanted = shares.needed(base.own, higher, limits_s)
         if not shares.holds(wanted):
             break
         rungs, rates = higher, wanted
-        climbing &= (~lossiest | alone) & (rungs < tops)
-    chosen = tuple(rungs.tolist())
-    if chosen == base.rungs:
+        climbing &= (~lossiest | alone) & (rungs < ladders.top)
+    if np.array_equal(rungs, base.rungs):
         return base
-    return shares.allocate_within(base.own, chosen, limits_s) or base
+    return shares.allocate_within(base.own, rungs, limits_s, tolerance=base.tolerance) or base
 
 
 def _limits(shares: Shares, base: Allocation) -> Floats:
     """Per link, until when its receiver must have ended all its requests (the earliest limit of them)."""
-    scenario, found_s = shares.scenario, base.found.request_e2e_s.tolist()
-    limit_s: dict[str, float] = {}
-    for terms, e2e_s in zip(scenario.requests, found_s, strict=True):
-        tied_s = base.e2e_s * (1 + scenario.tie_fraction)
-        own_s = tied_s if terms.deadline_s is None else max(terms.deadline_s, e2e_s)
-        limit_s[terms.receiver] = min(own_s, limit_s.get(terms.receiver, float("inf")))
-    return np.array([limit_s[link.receiver] for link in scenario.links])
+    scenario, table = shares.scenario, shares.table
+    deadlines_s = np.array([terms.deadline_s or np.inf for terms in scenario.requests])
+    tied_s = base.e2e_s * (1 + scenario.tie_fraction)
+    own_s = np.where(np.isinf(deadlines_s), tied_s, np.maximum(deadlines_s, base.found.request_e2e_s))
+    limit_s = np.full(table.receivers.count, np.inf)
+    np.minimum.at(limit_s, table.receivers.index, own_s[table.request])
+    return np.asarray(limit_s[table.receivers.index])
