@@ -66,8 +66,8 @@ class Report(Struct, kw_only=True):
 def main(
     *,
     only: Annotated[list[Part] | None, typer.Option(help="Compute this part and no other; can be repeated.")] = None,
-    curve: Annotated[int, typer.Option(min=2, help="Points of each curve.")] = 15,
-    points: Annotated[int, typer.Option(min=3, help="Link rates of a map; three quarters as many prefills.")] = 30,
+    curve: Annotated[int, typer.Option(min=2, help="Points of each curve.")] = 13,
+    points: Annotated[int, typer.Option(min=3, help="Link rates of a map; three quarters as many prefills.")] = 26,
     rounds: Annotated[int, typer.Option(min=1, help="Random rounds.")] = 120,
     links: Annotated[
         str, typer.Option(help="Numbers of links to plan, rising, with commas.", metavar="N,N,...")
@@ -75,7 +75,7 @@ def main(
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each number of links, fewer of long ones.")] = 5,
     longest: Annotated[
         float, typer.Option(min=0, help="Seconds: a stage that is expected to take longer is left out.")
-    ] = 60,
+    ] = 30,
     output: Annotated[Path, typer.Option(help="Directory for tables and figures.")] = OUTPUT,
     copy: Annotated[Path | None, typer.Option(help="Also copy the figures to this directory.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write all of it to this file.")] = None,

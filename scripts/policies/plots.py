@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ _POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     "streaming": ("optimum, streaming", {"color": "#0072B2", "linewidth": 2.2}),
     "streaming bound": ("bound, streaming", {"color": "#0072B2", "linewidth": 1.0, "linestyle": ":"}),
 }
-_MEDIA = {"tokens": "#F3C86B", "split": "#7CC4A8", "cache": "#7FB2DB"}
-_GAINS = (0.05, 0.1, 0.2, 0.3, 0.4)
+_TOKENS, _CACHE = "#F3C86B", "#8FB9DD"
+# Splits, the darker the more they gain: from each of these shares of the best binary's E2E on.
+_GAINS = {0.0: "#DDEFE6", 0.05: "#A9D8C2", 0.15: "#5CB391", 0.3: "#1B7A58"}
 _STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "table": ("table", {"color": "#56B4E9", "marker": "s"}),
     "choice": ("choice", {"color": "#0072B2", "marker": "o"}),
@@ -74,7 +76,6 @@ def _draw_ratios(panel: Any, curve: Curve) -> None:
     for policy in ("jmsra", "binary", "optimum", "streaming"):
         panel.plot(curve.x, _floats(curve, policy) / fixed, **_POLICIES[policy][1])
     panel.axhline(1, color=_INK, linewidth=0.8)
-    panel.set_ylim(top=1.02)
     _dress_curve(panel, curve)
 
 
@@ -93,7 +94,7 @@ def _floats(curve: Curve, policy: str) -> Any:
 
 
 def draw_regions(found: Regions, path: Path) -> None:
-    """A map a device, cache ready above and not ready below: media as colours, gain on the best binary as contours."""
+    """A map a device, cache ready above and not ready below: media as colours, splits the darker the more they gain."""
     devices = list(dict.fromkeys(each.device for each in found.maps))
     figure, axes = pyplot().subplots(
         2,
@@ -106,35 +107,36 @@ def draw_regions(found: Regions, path: Path) -> None:
     )
     with _saving(figure, path):
         for each in found.maps:
-            panel = axes[0 if each.ready else 1][devices.index(each.device)]
-            _draw_region(panel, each)
+            _draw_region(axes[0 if each.ready else 1][devices.index(each.device)], each)
         for panel in axes[-1]:
             panel.set_xlabel("link rate, Mbit/s", fontsize=9)
         for panel, state in zip(axes[:, 0], ("sender's cache ready", "cache to be computed first"), strict=True):
             panel.set_ylabel(f"{state}\nreceiver's prefill, tokens/s", fontsize=9)
-        patches = [_patch(_MEDIA[medium]) for medium in MEDIA]
-        lines = [_line(_INK, "-", 0.9), _line(_INK, "--", 1.2)]
-        labels = [*MEDIA, "gain of the split on the best binary, %", "the device's own prefill"]
-        figure.legend(
-            patches + lines, labels, loc="outside upper center", ncols=5, fontsize=9, frameon=False, handlelength=1.8
-        )
+        gains = [*_GAINS, None]
+        splits = [
+            f"split, {_percent(low)}-{_percent(high)} % faster" if high else f"split, {_percent(low)} % or more"
+            for low, high in pairwise(gains)
+            if low is not None
+        ]
+        handles = [_patch(colour) for colour in (_TOKENS, *_GAINS.values(), _CACHE)] + [_line(_INK, "--", 1.2)]
+        labels = ["tokens", *splits, "cache", "the device's own prefill"]
+        figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=9, frameon=False)
+
+
+def _percent(share: float | None) -> str:
+    return f"{100 * (share or 0):.0f}"
 
 
 def _draw_region(panel: Any, region: Region) -> None:
     from matplotlib.colors import ListedColormap  # noqa: PLC0415  heavy, and only for this
 
     codes = np.array([[MEDIA.index(medium) for medium in row] for row in region.media])
-    colours = ListedColormap([_MEDIA[medium] for medium in MEDIA])
+    gains = np.digitize(np.array(region.gain), list(_GAINS))
+    shades = np.where(codes == MEDIA.index("split"), np.maximum(gains, 1), np.where(codes == 0, 0, len(_GAINS) + 1))
+    colours = ListedColormap([_TOKENS, *_GAINS.values(), _CACHE])
     rates, prefills = np.array(region.rates_mbps), np.array(region.prefill_tps)
     panel.set(xscale="log", yscale="log")
-    panel.pcolormesh(
-        _edges(rates), _edges(prefills), codes, cmap=colours, vmin=-0.5, vmax=2.5, shading="flat", rasterized=True
-    )
-    gain = np.array(region.gain)
-    levels = [level for level in _GAINS if level < gain.max()]
-    if levels and min(gain.shape) > 1:
-        drawn = panel.contour(rates, prefills, gain, levels=levels, colors=_INK, linewidths=0.9)
-        panel.clabel(drawn, fmt=lambda level: f"{100 * level:.0f} %", fontsize=8)
+    panel.pcolormesh(_edges(rates), _edges(prefills), shades, cmap=colours, vmin=-0.5, vmax=len(_GAINS) + 1.5)
     panel.axhline(region.device_tps, color=_INK, linestyle="--", linewidth=1.2)
     panel.set(xlim=(rates[0], rates[-1]), ylim=(prefills[0], prefills[-1]))
     panel.set_title(region.title, fontsize=10, loc="left")
@@ -159,8 +161,9 @@ def draw_simulation(found: Simulation, path: Path) -> None:
             ("streaming", "streaming", "optimum streaming ÷ best binary streaming", "#0072B2", "--"),
         ):
             values = np.sort(ratios(found.rounds, ours, binary))
-            shares = np.arange(1, len(values) + 1) / len(values)
             mean = float(np.mean(values))
+            shares = np.arange(len(values) + 1) / len(values)
+            values = np.append(values[0], values)
             axes.step(
                 values, 100 * shares, where="post", color=colour, linestyle=line, label=f"{label}, mean {mean:.2f}"
             )
@@ -190,6 +193,8 @@ def draw_scale(found: Sequence[Timed], path: Path) -> None:
             panel.set_title(titles[network.value], fontsize=10, loc="left")
             panel.set_xlabel("links (one receiver per ten)", fontsize=9)
             _frame(panel)
+            _plain(panel.xaxis)
+            _plain(panel.yaxis)
         axes[0][0].set_ylabel("process seconds, one core", fontsize=9)
         axes[0][0].legend(fontsize=8, frameon=False)
 
@@ -208,7 +213,7 @@ def _plain(axis: Any) -> None:
         return
     low, high = sorted(axis.get_view_interval())
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / max(low, 1e-12) < 300 else (1.0,)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axis.set_minor_formatter(NullFormatter())
 
 

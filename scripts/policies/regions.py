@@ -19,7 +19,6 @@ CONTEXT_TOKENS = 512
 DEVICES = ("pi-4", "pi-5", "orin-nano")
 RATES_MBPS = (0.3, 1_000.0)
 PREFILL_TPS = (10.0, 10_000.0)
-SPAN_POINTS = 31
 
 Medium = Literal["tokens", "split", "cache"]
 MEDIA: tuple[Medium, ...] = ("tokens", "split", "cache")
@@ -83,7 +82,9 @@ def regions(points: int, hear: Callable[[str], None]) -> Regions:
     return Regions(
         maps=tuple(_region(device, points, hear, ready=ready) for device, ready in cases),
         spans=tuple(
-            _span(device, hear, ready=ready, slices=slices) for device, ready in cases for slices in (True, False)
+            _span(device, points, hear, ready=ready, slices=slices)
+            for device, ready in cases
+            for slices in (True, False)
         ),
     )
 
@@ -133,10 +134,10 @@ def _region(device: str, points: int, hear: Callable[[str], None], *, ready: boo
     )
 
 
-def _span(device: str, hear: Callable[[str], None], *, ready: bool, slices: bool) -> Span:
+def _span(device: str, points: int, hear: Callable[[str], None], *, ready: bool, slices: bool) -> Span:
     profile = profiles()[device]
     hear(f"{profile.title}, alike")
-    rates = tuple(np.geomspace(*RATES_MBPS, SPAN_POINTS).tolist())
+    rates, _ = grid(points)
     row = []
     for mbps in rates:
         scenario = lone_link(profile, mbps, profile.prefill_tps, ready=ready)

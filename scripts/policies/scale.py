@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
 from msgspec import Struct
 from threadpoolctl import threadpool_limits
 
-from coordinator.latency import Scenario
+from coordinator.latency import TIE_FRACTION, Scenario
 from coordinator.policy.optimum import OptimumPolicy, lower_bound
 from coordinator.policy.rungs import raise_rungs
 from coordinator.policy.shares import Shares
@@ -59,7 +60,7 @@ def scale(sizes: tuple[int, ...], repeats: int, longest_s: float, hear: Callable
 
 
 def _timed(network: Network, links: int, repeats: int, longest_s: float, last: Timed | None) -> Timed:
-    scenario = random_round(links, network, links)
+    scenario = replace(random_round(links, network, links), tie_fraction=TIE_FRACTION)
     allowed = {stage: _expected_s(stage, links, last) <= longest_s for stage in STAGES}
     runs: list[dict[str, float]] = []
     began_s = time.process_time()
