@@ -178,7 +178,7 @@ class Parts:
         self._engine.meter.decode_payload(received.elements, progress.decode_s)
         if not header.own_tokens:
             return Fetched(received, header.tokens, header.facts)
-        own, progress.prefill_s = await self._engine.prefill_context(header.ids(), order.asker)
+        own, progress.prefill_s = await self._engine.prefill_context(header.ids()[: header.own_tokens], order.asker)
         return Fetched(concatenate([own, received]), header.tokens, header.facts)
 
     async def _read(self, incoming: Incoming, reader: PayloadReader, progress: Progress, timeout_s: float) -> None:
@@ -199,14 +199,14 @@ class Parts:
             await incoming.expire(reason)
             raise TransferExpired(incoming.transfer, reason) from None
         progress.receive_s = time.perf_counter() - start
-        if incoming.first_chunk_s is not None and incoming.complete_s is not None:
+        if incoming.first_chunk_s is not None and incoming.last_chunk_s is not None:
             after_first = max(0, progress.payload_bytes - first_bytes)  # the first chunk's own time is not known
-            self._link.received(after_first, incoming.complete_s - incoming.first_chunk_s)
+            self._link.received(after_first, incoming.last_chunk_s - incoming.first_chunk_s)
 
     async def _prefill(self, order: AnswerOrder, progress: Progress, ids: list[int]) -> Cache:
         """A whole context from its text, which must be the one that was ordered."""
         if self._engine.text.context_id(ids) != progress.part.context_id:
-            raise PayloadRejected("own_ids", "are not the tokens of the context that was ordered")
+            raise PayloadRejected("token_ids", "are not the tokens of the context that was ordered")
         cache, progress.prefill_s = await self._engine.prefill_context(ids, order.asker)
         return cache
 

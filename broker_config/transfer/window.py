@@ -18,7 +18,8 @@ REORDERING_S = 0.05
 class Sent:
     """A delivered transfer. wire_bytes counts every publish with its envelope, repeats too.
 
-    transfer_s: from handing over the first chunk to the receiver's word that all is there.
+    payload_bytes, chunks: what was sent of it, which is all of it unless the receiver had enough before. transfer_s:
+    from handing over the first chunk to the receiver's word that it needs no more.
     """
 
     payload_bytes: int
@@ -36,6 +37,7 @@ class Held:
     last: bool
     sent_s: float | None = None
     publishing: bool = False
+    counted: bool = False
     repeats: int = 0
 
 
@@ -50,7 +52,8 @@ class Window:
     rate_bps: float | None = None
     held: dict[int, Held] = field(default_factory=dict)
     count: int = 0
-    payload_bytes: int = 0
+    sent_chunks: int = 0
+    sent_bytes: int = 0
     next_index: int = 0
     complete: bool = False
     resent: int = 0
@@ -71,7 +74,6 @@ class Window:
         self.held[self.count] = Held(data=data, last=last)
         self._waiting.add(self.count)
         self.count += 1
-        self.payload_bytes += len(data)
         self._held_bytes += len(data)
         self.complete = last
 
@@ -94,7 +96,10 @@ class Window:
         if chunk.sent_s is not None:
             chunk.repeats += 1
             self.resent += 1
-        chunk.sent_s, chunk.publishing = now_s, True
+        if not chunk.counted:
+            self.sent_chunks += 1
+            self.sent_bytes += len(chunk.data)
+        chunk.sent_s, chunk.publishing, chunk.counted = now_s, True, True
 
     def published(self, index: int, *, failed: bool) -> None:
         """The broker took it, or (failed) it did not leave us and waits again."""

@@ -164,11 +164,12 @@ def _one_layer(site: Site) -> bytes:
 
 
 def _fewer_tokens(site: Site) -> bytes:
-    return payload(site, tokens=len(held(site).ids) - 1)
+    fewer = header(site).token_ids[: -header(site).id_bytes]
+    return payload(site, tokens=len(held(site).ids) - 1, token_ids=fewer)
 
 
 def _nothing(site: Site) -> bytes:
-    return payload(site, tokens=0)
+    return payload(site, tokens=0, token_ids=b"")
 
 
 def _huge(site: Site) -> bytes:
@@ -197,7 +198,7 @@ def _other_text(site: Site) -> bytes:
         (_no_layers, "sent_layers"),
         (_fewer_tokens, "tokens"),
         (_nothing, "tokens"),
-        (_other_text, "own_ids"),
+        (_other_text, "token_ids"),
     ],
 )
 async def test_a_payload_that_cannot_be_used_is_refused_by_name_and_the_text_fetched(
@@ -322,7 +323,9 @@ async def test_a_question_whose_part_nobody_has_fails_with_all_reasons(site: Sit
     outcome = await site.answer(RECEIVER, order)
     assert outcome.state == "failed"
     assert outcome.reason.startswith(f"context {held(site).context_id} of pi-2 could not be had: ")
-    assert "coordinator: payload refused, own_ids: are not the tokens of the context that was ordered" in outcome.reason
+    assert (
+        "coordinator: payload refused, token_ids: are not the tokens of the context that was ordered" in outcome.reason
+    )
     assert outcome.reason.count("is not held here") == 2  # its transfer, and its text
     assert "\n" not in outcome.reason
     assert outcome.parts[0].reason
