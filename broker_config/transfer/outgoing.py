@@ -63,7 +63,8 @@ async def send(
 ) -> Sent:
     """Send a payload and wait until the receiver has all of it, or says that it has enough.
 
-    pieces: of any size; they may still be being made. total_bytes: their sum if it is known. chunk_bytes: 1,024 to
+    pieces: of any size; they may still be being made; an empty one says that what there is must not wait for more to
+    fill a chunk. total_bytes: their sum if it is known. chunk_bytes: 1,024 to
     262,144. rate_bps: bits per second at most, envelopes and repeats counted (None: unpaced). pacer: instead, where the
     rate is to change. window_bytes: so much may be unacknowledged at once, but two chunks always may. expires_s: from
     now on.

@@ -10,6 +10,7 @@ MIN_TIMEOUT_S = 1.0
 MAX_TIMEOUT_S = 30.0
 ROUND_TRIPS = 4.0  # acknowledgements queue behind other traffic; an early repeat costs a whole chunk of airtime
 SMOOTHING = 0.125  # RFC 6298
+MAX_HELD = 1_024  # a receiver takes only so many ahead of a gap, however small they are
 # Chunks that were overtaken arrive within this; asking for them again before would double the traffic.
 REORDERING_S = 0.05
 
@@ -65,7 +66,8 @@ class Window:
 
     def room(self) -> bool:
         """Whether another chunk may be taken in; two always may, or a large chunk would stop and wait."""
-        return not self.complete and (len(self.held) < 2 or self._held_bytes < self.window_bytes)
+        few = len(self.held) < MAX_HELD and self._held_bytes < self.window_bytes
+        return not self.complete and (len(self.held) < 2 or few)
 
     def add(self, data: bytes, *, last: bool, now_s: float) -> None:
         """Take in the next chunk; it waits to be sent."""

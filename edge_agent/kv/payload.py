@@ -263,6 +263,12 @@ def slice_place(start: int, entries: int) -> bytes:
     return struct.pack("<II", start, entries)
 
 
+def slice_entries(body: bytes) -> int:
+    """How many entries a body is of."""
+    entries: int = struct.unpack_from("<II", body)[1]
+    return entries
+
+
 def decode_slice(
     header: Header, positions: Mapping[int, Int32], body: bytes | memoryview, transform: Transform | None = None
 ) -> Cache:
