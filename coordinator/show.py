@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich.markup import escape
 from rich.table import Table
 
-from broker_config.messages import ContextInfo, LinkReport, RoundReport, Stages
+from broker_config.messages import FROM_IDS, ContextInfo, LinkReport, RoundReport, Stages
 from coordinator.fleet import Fleet
 
 STAGE_NAMES = {
@@ -76,7 +76,8 @@ def outcome_lines(report: RoundReport) -> Iterator[str]:
         yield (
             f"{link.sender}:{link.context}: {size(wire or 0)} on the wire (fp16 cache {size(link.fp16_bytes)}, "
             f"text {size(link.text_bytes)}); predicted/measured {stages(link.predicted, link.measured)}"
-            + (f"; FALLBACK to text from {link.fallback}" if link.fallback else "")
+            + (f"; {computed}" if (computed := _computed(link)) else "")
+            + (f"; {_fallback(link.fallback)}" if link.fallback else "")
             + (f"; {link.note}" if link.note else "")
         )
     question = f"question {report.predicted_question_s:.2f}/{seconds(report.question_s)}"
@@ -86,6 +87,17 @@ def outcome_lines(report: RoundReport) -> Iterator[str]:
         deadline = f"; deadline {report.deadline_s:g} s {verdict}"
     e2e = f"E2E {report.predicted_e2e_s:.2f}/{seconds(report.e2e_s)}"
     yield f"{question}; {e2e}, whole answer {seconds(report.total_s)}{deadline}"
+
+
+def _computed(link: LinkReport) -> str:
+    """Tokens that the receiver was to compute, and did, where these differ."""
+    if link.computed_tokens in {None, link.own_tokens}:
+        return ""
+    return f"computed by the receiver {link.own_tokens}/{link.computed_tokens} tokens"
+
+
+def _fallback(fallback: str) -> str:
+    return "FALLBACK to its token ids" if fallback == FROM_IDS else f"FALLBACK to text from {fallback}"
 
 
 def _kept(context: ContextInfo) -> str:

@@ -27,6 +27,16 @@ class Arrivals:
         """Whether anything has come."""
         return bool(self._came)
 
+    @property
+    def shown(self) -> bool:
+        """Whether the rate is known: up to the first arrival there is also what the sender did before."""
+        return len(self._came) > 1
+
+    @property
+    def last_s(self) -> float:
+        """When something came last, or could have come."""
+        return self._came[-1][0] if self._came else self._began_s
+
     def tps(self, now_s: float) -> float:
         """Tokens per second over the last arrivals; less and less once nothing comes where something should."""
         if not self._came:
@@ -38,8 +48,7 @@ class Arrivals:
         """The time after which what comes next is late."""
         if not self._came:
             return self._began_s
-        last_s, tokens = self._came[-1]
-        return last_s + LATE * tokens / self._measured()
+        return self.last_s + LATE * self._came[-1][1] / self._measured()
 
     def _measured(self) -> float:
         first_s, _ = self._came[0]

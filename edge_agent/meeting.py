@@ -5,19 +5,32 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from edge_agent.arrivals import Arrivals, worth_computing
 from edge_agent.engine import RESERVED_TOKENS, Engine
 from edge_agent.kv.cache import Cache
 from edge_agent.model.session import LiveContext
 from edge_agent.precedence import Seat
-from edge_agent.reception import Reception
 
 LEAST_TOKENS = 16
 """Fewer are not computed where a slice is due: a run has a price of its own, whatever it computes."""
 PATIENCE_S = 0.5
 """So long a cache that was expected to win is waited for before anything of it has come."""
 UNMEASURED_TPS = 100.0
+
+
+class Source(Protocol):
+    """Where slices come from: a Reception."""
+
+    over: bool
+    """Whether nothing more comes."""
+
+    def take(self) -> list[tuple[int, Cache]]:
+        """(first token, entries) of what has come since; the seat's news is set when there is any."""
+
+    def passed(self, token: int) -> None:
+        """Of what ends at or before this token nothing is needed any more."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +52,10 @@ class Meeting:
     ends with a part missing, that is computed, too.
     """
 
-    def __init__(self, engine: Engine, reception: Reception, seat: Seat, bid: Bid, *, asker: str) -> None:
-        self._engine, self._reception, self._seat, self._bid, self._asker = engine, reception, seat, bid, asker
+    def __init__(self, engine: Engine, source: Source, seat: Seat, bid: Bid, *, asker: str) -> None:
+        self._engine, self._source, self._seat, self._bid, self._asker = engine, source, seat, bid, asker
         self._clock = asyncio.get_running_loop().time
         self._arrivals = Arrivals(self._clock())
-        self._began_s = self._clock()
         self._here: dict[int, Cache] = {}
         """Slices by their first token, behind what is covered."""
         self._covered = 0
@@ -89,7 +101,7 @@ class Meeting:
 
     async def _take(self) -> bool:
         """Take in what has arrived. Whether it covers the next token."""
-        came = self._reception.take()
+        came = self._source.take()
         if came:
             self._arrivals.came(sum(cache.entries for _, cache in came), self._clock())
         self._here |= dict(came)
@@ -109,7 +121,7 @@ class Meeting:
 
     def _advance(self, to: int) -> None:
         self._covered = to
-        self._reception.passed(to)
+        self._source.passed(to)
 
     def _wanted(self) -> int:
         """How many tokens are worth computing now; 0: better wait."""
@@ -119,7 +131,7 @@ class Meeting:
         planned = self._covered < own
         if planned and not self._seat.alone:
             most = min(most, own - self._covered)
-        if self._reception.over:
+        if self._source.over:
             self._give_up()
         elif not self._bid.meet:
             most = min(most, own - self._covered) if planned else 0
@@ -130,13 +142,24 @@ class Meeting:
 
     def _worth(self, gap: int, *, planned: bool) -> int:
         """The same where both ends go on until they meet."""
-        now_s = self._clock()
-        if not self._arrivals.any and not planned and not self._bid.own_tokens:
-            return 0 if now_s < self._began_s + PATIENCE_S else gap
-        worth = int(worth_computing(gap, come_tps=self._arrivals.tps(now_s), own_tps=self._own_tps()))
-        if worth >= LEAST_TOKENS or now_s >= self._arrivals.late_s():
+        now_s, own_tps = self._clock(), self._own_tps()
+        come_tps = self._arrivals.tps(now_s)
+        if self._unknown():
+            come_tps = 0.0
+        elif planned and not self._arrivals.any:  # as it was planned
+            come_tps = own_tps * (len(self._bid.ids) / self._bid.own_tokens - 1)
+        worth = int(worth_computing(gap, come_tps=come_tps, own_tps=own_tps))
+        if now_s >= self._late_s():
             return max(worth, min(gap, LEAST_TOKENS))
-        return 0
+        return 0 if self._unknown() or worth < LEAST_TOKENS else worth
+
+    def _unknown(self) -> bool:
+        """Whether nothing says yet how fast a cache comes that was expected to win."""
+        return not self._bid.own_tokens and not self._arrivals.shown
+
+    def _late_s(self) -> float:
+        """Until when it is better to wait than to compute a few tokens."""
+        return self._arrivals.last_s + PATIENCE_S if self._unknown() else self._arrivals.late_s()
 
     def _own_tps(self) -> float:
         """Tokens that are computed here per second, turns of others counted."""
@@ -175,9 +198,8 @@ class Meeting:
     async def _wait(self) -> None:
         """For a slice, a turn before others, or the time when what is due is late."""
         begin_s = self._clock()
-        until_s = self._arrivals.late_s() if self._arrivals.any else self._began_s + PATIENCE_S
         held_up = self._wanted() > 0
-        timeout_s = None if held_up or not self._bid.meet else max(0.0, until_s - begin_s)
+        timeout_s = None if held_up or not self._bid.meet else max(0.0, self._late_s() - begin_s)
         self._seat.news.clear()
         try:
             async with asyncio.timeout(timeout_s):
