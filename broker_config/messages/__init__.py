@@ -16,6 +16,7 @@ from broker_config.messages.agents import (
 from broker_config.messages.base import PROTOCOL_VERSION, Message, new_id
 from broker_config.messages.bulk import MAX_CHUNK_BYTES, MAX_PROBE_BYTES, Abort, Ack, Bulk, Chunk, Open, Probe
 from broker_config.messages.orders import (
+    FROM_IDS,
     AddContext,
     AnswerOrder,
     AnswerOutcome,
@@ -58,6 +59,7 @@ from broker_config.messages.rounds import (
 
 __all__ = [
     "DEFAULT_QUALITY_FLOOR",
+    "FROM_IDS",
     "MAX_CHUNK_BYTES",
     "MAX_PROBE_BYTES",
     "PROTOCOL_VERSION",

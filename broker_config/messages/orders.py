@@ -167,6 +167,9 @@ class TextRequest(Message, frozen=True, kw_only=True, tag="text_request"):
     agent: AgentId
 
 
+FROM_IDS = "ids"
+"""What replaced a transfer that failed after its header had come: its context's ids. No agent may have this id."""
+
 EndState = Literal["delivered", "refused", "cancelled", "expired"]
 
 
@@ -186,9 +189,11 @@ class SendOutcome(Message, frozen=True, kw_only=True, tag="send_outcome"):
 
 
 class PartOutcome(Struct, frozen=True, kw_only=True):
-    """How one part reached the receiver. fallback names what replaced a transfer that failed ("" if none).
+    """How one part reached the receiver. state: how its transfer ended there.
 
-    own_tokens: so many of its tokens the receiver computed in the end. waited_s: nothing was left to do but wait.
+    fallback: what replaced a transfer that failed: the holder of the text, or FROM_IDS where the receiver computed
+    what was missing from the ids that had come; "" if nothing had to. own_tokens: so many of its tokens the receiver
+    computed in the end, whatever the medium, in prefill_s. waited_s: nothing was left to do but wait.
     """
 
     transfer: Id

@@ -1,4 +1,7 @@
-"""A large payload over the bus: in chunks, windowed, paced, acknowledged end to end, in exactly one end state."""
+"""A large payload over the bus: in chunks, windowed, paced, acknowledged end to end, in exactly one end state.
+
+One whose receiver needs no more before all is there is delivered, too: see Incoming.has_enough.
+"""
 
 from broker_config.transfer.inbox import Inbox
 from broker_config.transfer.incoming import Incoming

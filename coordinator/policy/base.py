@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from broker_config.messages import LinkReport, Stages
+from broker_config.messages import LinkReport, RateStep, Stages
 from coordinator.latency import Decision, Link, Prediction, Scenario, payload_bytes
 from coordinator.policy.rungs import raise_rungs
 from coordinator.policy.shares import Allocation, Shares
@@ -23,7 +23,8 @@ class LinkPlan:
     """What is planned for one link. Sizes in bytes as the model expects them, fp16_bytes and text_bytes without header.
 
     share_bps 0: unpaced, since the link was not measured. kl is the loss of the chosen rung, 0 for tokens.
-    arrive_s: when the last bit is due at the receiver. known: the prediction rests on measurements only.
+    arrive_s: when the last bit is due at the receiver. known: the prediction rests on measurements only. meet: both
+    ends go on until they meet, wherever that is. later_rates: what the share becomes later.
     """
 
     request: str
@@ -47,6 +48,8 @@ class LinkPlan:
     arrive_s: float
     known: bool
     note: str = ""
+    meet: bool = False
+    later_rates: tuple[RateStep, ...] = ()
 
     def report(self) -> LinkReport:
         """As the message that tells of it."""

@@ -78,7 +78,7 @@ async def test_what_is_ordered_arrives_and_ends_once(site: Site, inbox: Inbox, r
     payload = await incoming.payload(20)
     header, cache = decode(payload, site.agents["pi-1"].engine.expectation(1 << 30))
     assert header.context_id == context.context_id
-    assert tuple(header.ids()) == context.ids[:own_tokens]
+    assert (tuple(header.ids()), header.own_tokens) == (context.ids, own_tokens)
     if own is None:
         assert cache is None
     else:
