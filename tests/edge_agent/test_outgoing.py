@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from broker_config.errors import TransferCancelled, TransferError, TransferExpired
-from broker_config.messages import Abort, CancelOrder, Open, SendOrder
+from broker_config.messages import Abort, CancelOrder, Open, PaceOrder, SendOrder
 from broker_config.transfer import Inbox
 from edge_agent.facts import summary
 from edge_agent.kv.cache import Cache
@@ -88,6 +88,27 @@ async def test_what_is_ordered_arrives_and_ends_once(site: Site, inbox: Inbox, r
     outcome = await site.send_outcome(order)
     assert outcome.payload_bytes == len(payload) < outcome.wire_bytes
     assert await the_one_end(site, order, "delivered") == ""
+
+
+async def test_telemetry_tells_how_far_a_transfer_is_and_the_speed_of_its_family_is_learned(
+    site: Site, inbox: Inbox
+) -> None:
+    agent = site.agents["pi-1"]
+    before = {each.codec: each for each in agent.engine.meter.speed.codecs} if agent.engine.meter.speed else {}
+    order = send_order(held(site), RECEIVER, rung="float32", rate_bps=SLOW_BPS)
+    incoming = inbox.expect(order.transfer)
+    await site.order("pi-1", order)
+    await site.until(lambda: any(each.moved_bytes for each in agent.link.progress))
+    (progress,) = agent.link.progress
+    assert (progress.transfer, progress.goodput_bps) == (order.transfer, None)  # too early to tell
+    agent._outgoing.pace(PaceOrder(request=order.request, transfer=order.transfer, rate_bps=None))
+    await incoming.payload(20)
+    await site.send_outcome(order)
+    assert agent.link.progress == ()
+    assert agent.engine.meter.speed is not None
+    after = {each.codec: each for each in agent.engine.meter.speed.codecs}
+    assert after["float"].encode_elements_per_s != before["float"].encode_elements_per_s
+    assert after["klt"] == before["klt"]
 
 
 async def test_the_papers_recipe_sends_its_layers_at_its_widths(site: Site, inbox: Inbox) -> None:
