@@ -65,6 +65,8 @@ class Meeting:
         self._live_pieces = self._first = 0
         """How many pieces are in the live context; where it begins there."""
         self._busy_s = 0.0
+        self._measured = (0, 0.0)
+        """Tokens and seconds of chunks that say how fast this machine prefills: small ones are slower for a token."""
         self.computed_tokens = 0
         self.prefill_s = self.waited_s = 0.0
         self.given_up = False
@@ -82,7 +84,7 @@ class Meeting:
                     await self._wait()
         finally:
             self._seat.wish(planned=False)
-        self._engine.meter.prefill(self.computed_tokens, self.prefill_s)
+        self._engine.meter.prefill(*self._measured)
 
     async def live(self) -> LiveContext:
         """The context in which all of it was read, with room for a question. For a question of one part."""
@@ -155,7 +157,7 @@ class Meeting:
 
     def _unknown(self) -> bool:
         """Whether nothing says yet how fast a cache comes that was expected to win."""
-        return not self._bid.own_tokens and not self._arrivals.shown
+        return not (self._bid.own_tokens or self.computed_tokens or self._arrivals.shown)
 
     def _late_s(self) -> float:
         """Until when it is better to wait than to compute a few tokens."""
@@ -188,6 +190,8 @@ class Meeting:
         self._busy_s += self._clock() - begin_s
         self.prefill_s += seconds
         self.computed_tokens += count
+        if 2 * count >= self._engine.model.prefill_chunk:
+            self._measured = (self._measured[0] + count, self._measured[1] + seconds)
         if self._pieces and self._pieces[-1][1] is None:
             self._pieces[-1] = (self._pieces[-1][0] + count, None)
         else:

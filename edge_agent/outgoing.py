@@ -18,7 +18,7 @@ from broker_config import topics
 from broker_config.bus import Bus
 from broker_config.errors import BusError, TransferError
 from broker_config.messages import Abort, EndState, PaceOrder, SendOrder, SendOutcome
-from broker_config.transfer import Pacer, Sent, send
+from broker_config.transfer import DEFAULT_WINDOW_BYTES, Pacer, Sent, send
 from edge_agent.context_facts import ContextFacts
 from edge_agent.engine import Engine
 from edge_agent.errors import AgentError, RecipeInvalid
@@ -38,6 +38,8 @@ Slices = AsyncGenerator[bytes, None]
 
 AT_ONCE = b""
 """What was made goes, whether it fills a chunk or not."""
+MEET_WINDOW_CHUNKS = 4
+"""So many are on their way at once to a receiver that may have enough any moment: those go for nothing then."""
 FACTS_PATIENCE_S = 1.0
 """What a transfer waits for facts at most: without them a cache still serves, and its receiver waits few seconds."""
 
@@ -118,6 +120,7 @@ class Outgoing:
                 total_bytes=header.payload_bytes(),
                 chunk_bytes=order.chunk_bytes,
                 pacer=job.pacer,
+                window_bytes=MEET_WINDOW_CHUNKS * order.chunk_bytes if job.meet else DEFAULT_WINDOW_BYTES,
                 expires_s=max(0.0, round(deadline_s - clock(), 3)),
             )
         if job.coded_entries:

@@ -200,14 +200,14 @@ class Parts:
             reader,
             lambda header: self._check(header, progress.part),
             seat.news,
+            link=self._link,
             timeout_s=order.part_timeout_s,
         )
         try:
-            with self._link.transferring():
-                header = await reception.header()
-                if usable_by_slices(header):
-                    return await self._meet(order, progress, reception, header, seat)
-                return await self._whole(order, progress, reception, header)
+            header = await reception.header()
+            if usable_by_slices(header):
+                return await self._meet(order, progress, reception, header, seat)
+            return await self._whole(order, progress, reception, header)
         finally:
             await reception.close()
             progress.payload_bytes, progress.receive_s = reception.payload_bytes, reception.receive_s

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +13,7 @@ from edge_agent.errors import AgentError, PayloadRejected
 from edge_agent.kv.cache import Cache
 from edge_agent.kv.payload import Header
 from edge_agent.kv.reader import PayloadReader
-
-log = logging.getLogger(__name__)
+from edge_agent.link_quality import LinkMeter
 
 
 class Reception:
@@ -33,9 +31,11 @@ class Reception:
         check: Callable[[Header], None],
         news: asyncio.Event,
         *,
+        link: LinkMeter,
         timeout_s: float,
     ) -> None:
         self.incoming, self._reader, self._check, self._news = incoming, reader, check, news
+        self._link = link
         self.failure: AgentError | BusError | None = None
         self.over = False
         self.payload_bytes = self.first_bytes = self.decoded_elements = 0
@@ -82,8 +82,9 @@ class Reception:
 
     async def _run(self, timeout_s: float) -> None:
         try:
-            async with asyncio.timeout(timeout_s):
-                await self._read()
+            with self._link.transferring():
+                async with asyncio.timeout(timeout_s):
+                    await self._read()
         except TimeoutError:
             reason = f"not complete within {timeout_s:g} s"
             await self.incoming.expire(reason)
