@@ -241,7 +241,9 @@ class Parts:
         if header.own_tokens:
             own = await self._computed(order, progress, ids[: header.own_tokens])
             pieces.append((own, header.own_tokens))
+        begin = time.perf_counter()
         await reception.end()
+        progress.waited_s = time.perf_counter() - begin
         if reception.failure is not None:
             self._note(order, progress, reception.failure, gap=True)
             return _whole(await self._computed(order, progress, ids), header.facts)
