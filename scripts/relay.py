@@ -125,7 +125,7 @@ def along_behind(prefix: LiveContext, cache: Cache, reference: Reference) -> Flo
 
 def sent(model: Model, cache: Cache, rung: Recipe, *, facts: Sequence[Fact] = ()) -> bytes:
     """The payload of a whole cache."""
-    ids = [0] * cache.entries  # only their number is on such a payload
+    ids = [0] * cache.entries  # any take as many bytes, and a receiver of the whole cache needs none
     header, entries = to_send(model.manifest, "0" * 32, ids, cache, own_tokens=0, rung=rung, facts=facts)
     return b"".join(encode(header, entries, model.transform))
 

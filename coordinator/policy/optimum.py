@@ -38,6 +38,7 @@ class OptimumPolicy(StagedPolicy):
     """Splits by linear programme, rounding and moves; min-max shares by bisection."""
 
     name = "optimum"
+    meets = True
 
     def choose(self, shares: Shares) -> Allocation:
         """The best splits found."""

@@ -4,10 +4,12 @@
     then per slice:  "S" | u32 length, body | 16-byte digest
     then once:       "T" | u32 number of slices | 32-byte digest of everything before
 
-All integers are little-endian; digests are BLAKE2b. So a payload can be sent while it is still being made, and checked
-while it arrives. The header carries the token ids that the receiver prefills itself (own_ids, always the first ones of
-the context); slices carry the entries of the others, or, where the header says so, of those of them that were kept:
-as many of every sent layer and head. A payload with all ids and no slices is the token medium.
+All integers are little-endian; digests are BLAKE2b. So a payload can be sent while it is still being made, and used
+while it arrives. The header carries all token ids of the context, a few bytes each, so that whoever has it can compute
+whatever does not come. The first own_tokens of them no slice covers; slices carry the entries of the others, or, where
+the header says so, of those of them that were kept: as many of every sent layer and head. Slices lie on a grid of
+slice_tokens and stand in any order, each once; the trailer's digest is over them as they stand. A payload without
+slices is the token medium.
 
 A slice's body: u32 first entry, u32 entries, then by codec
     float32, fp16   keys then values of every sent layer, (kv_heads, entries, head_dim) each
@@ -43,10 +45,11 @@ from edge_agent.kv.recipe import Codec
 from edge_agent.kv.transform import LEVELS, Transform
 
 MAGIC = b"KVB1"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 SLICE_MARK, TRAILER_MARK = b"S", b"T"
 DIGEST_BYTES, FINAL_DIGEST_BYTES = 16, 32
 MAX_HEADER_BYTES = 1 << 20
+PLACE_BYTES = 8
 
 LARGEST_FP16 = float(np.finfo(np.float16).max)
 
@@ -73,7 +76,8 @@ class Kept(Struct, frozen=True, kw_only=True):
 
 
 class Header(Struct, frozen=True, kw_only=True):
-    """The payload's header. tokens is of the whole context; own_ids are its first tokens, id_bytes each.
+    """The payload's header. tokens, token_ids are of the whole context, id_bytes for each id; no slice covers the first
+    own_tokens. A slice's first entry is counted from there.
 
     widths: with codec "affine", the bits of each sent layer; else empty. transform, level: with codec "klt" alone, its
     id and how coarsely its components are quantized. refines: the coarser level of the very cache that the receiver
@@ -97,28 +101,29 @@ class Header(Struct, frozen=True, kw_only=True):
     slice_tokens: Annotated[int, Meta(ge=1, le=65_536)]
     tokens: Tokens
     id_bytes: Annotated[int, Meta(ge=1, le=4)]
-    own_ids: Annotated[bytes, Meta(max_length=MAX_HEADER_BYTES)]
+    token_ids: Annotated[bytes, Meta(max_length=MAX_HEADER_BYTES)]
+    own_tokens: Tokens = 0
     kept: Kept | None = None
     facts: Annotated[tuple[Fact, ...], Meta(max_length=MAX_FACTS)] = ()
 
-    @property
-    def own_tokens(self) -> int:
-        return len(self.own_ids) // self.id_bytes
-
     def ids(self) -> list[int]:
-        """The own token ids, unpacked."""
-        return [int(token) for token in np.frombuffer(self.own_ids, dtype=f"<u{self.id_bytes}")]
+        """The token ids, unpacked."""
+        return [int(token) for token in np.frombuffer(self.token_ids, dtype=f"<u{self.id_bytes}")]
 
     @property
     def entries(self) -> int:
         """Entries of each sent layer that the slices carry."""
         return self.tokens - self.own_tokens if self.kept is None else self.kept.entries
 
+    def slice_entries(self, start: int) -> int:
+        """How many entries the slice that begins with this one has; 0 if none begins there."""
+        if start % self.slice_tokens or not 0 <= start < self.entries:
+            return 0
+        return min(self.slice_tokens, self.entries - start)
+
     def slice_starts(self) -> list[tuple[int, int]]:
-        """(first entry, entries) of every slice, in order."""
-        return [
-            (start, min(self.slice_tokens, self.entries - start)) for start in range(0, self.entries, self.slice_tokens)
-        ]
+        """(first entry, entries) of every slice, rising."""
+        return [(start, self.slice_entries(start)) for start in range(0, self.entries, self.slice_tokens)]
 
     def positions(self) -> dict[int, Int32]:
         """Of each sent layer the positions of its entries, int32 (entries,), or (kv_heads, entries) if heads differ.
@@ -188,30 +193,49 @@ def kept_of(cache: Cache, *, own_tokens: int, tokens: int, layers: tuple[int, ..
     return Kept(entries=cache.layers[layers[0]].entries, by_head=by_head, mask=mask)
 
 
-def encode(header: Header, cache: Cache | None, transform: Transform | None = None) -> Iterator[bytes]:
+class PayloadWriter:
+    """A payload piece by piece, for who has its slices one after the other."""
+
+    def __init__(self, header: Header) -> None:
+        packed = _pack_header(header)
+        self.first = MAGIC + struct.pack("<I", len(packed)) + packed + _digest(packed)
+        self._digest = hashlib.blake2b(self.first, digest_size=FINAL_DIGEST_BYTES)
+        self._slices = 0
+
+    def slice(self, body: bytes) -> bytes:
+        """The piece of the next slice."""
+        piece = SLICE_MARK + struct.pack("<I", len(body)) + body + _digest(body)
+        self._digest.update(piece)
+        self._slices += 1
+        return piece
+
+    def trailer(self) -> bytes:
+        """The last piece."""
+        closing = TRAILER_MARK + struct.pack("<I", self._slices)
+        self._digest.update(closing)
+        return closing + self._digest.digest()
+
+
+def encode(
+    header: Header, cache: Cache | None, transform: Transform | None = None, *, last_first: bool = False
+) -> Iterator[bytes]:
     """The payload of a cache piece by piece. Raises like slice_bodies."""
-    return pieces(header, slice_bodies(header, cache, transform))
+    return pieces(header, slice_bodies(header, cache, transform, last_first=last_first))
 
 
 def pieces(header: Header, bodies: Iterable[bytes]) -> Iterator[bytes]:
     """A payload piece by piece: header, each slice as soon as its body is there, trailer."""
-    digest = hashlib.blake2b(digest_size=FINAL_DIGEST_BYTES)
-    packed = _pack_header(header)
-    first = MAGIC + struct.pack("<I", len(packed)) + packed + _digest(packed)
-    digest.update(first)
-    yield first
-    count = 0
-    for count, body in enumerate(bodies, 1):  # noqa: B007
-        piece = SLICE_MARK + struct.pack("<I", len(body)) + body + _digest(body)
-        digest.update(piece)
-        yield piece
-    closing = TRAILER_MARK + struct.pack("<I", count)
-    digest.update(closing)
-    yield closing + digest.digest()
+    writer = PayloadWriter(header)
+    yield writer.first
+    for body in bodies:
+        yield writer.slice(body)
+    yield writer.trailer()
 
 
-def slice_bodies(header: Header, cache: Cache | None, transform: Transform | None = None) -> Iterator[bytes]:
-    """The body of each slice, as soon as it is coded.
+def slice_bodies(
+    header: Header, cache: Cache | None, transform: Transform | None = None, *, last_first: bool = False
+) -> Iterator[bytes]:
+    """The body of each slice, as soon as it is coded; last_first: from the last down to the first.
 
     cache must have the entries that the header announces in every sent layer, those of own tokens aside (None when
     there is nothing to send); transform is the one that the header names, if it does.
@@ -219,14 +243,30 @@ def slice_bodies(header: Header, cache: Cache | None, transform: Transform | Non
     infinity, or what fp16 can't hold.
     """
     sent = _announced(header, cache)
-    for start, entries in header.slice_starts():
-        part = sent.part(start, start + entries)
-        yield slice_place(start, entries) + _encode_slice(header, part, transform)
+    for start, entries in in_order(header, last_first=last_first):
+        yield slice_body(header, start, sent.part(start, start + entries), transform)
+
+
+def in_order(header: Header, *, last_first: bool) -> list[tuple[int, int]]:
+    """(first entry, entries) of every slice, rising or falling."""
+    starts = header.slice_starts()
+    return starts[::-1] if last_first else starts
+
+
+def slice_body(header: Header, start: int, part: Cache, transform: Transform | None = None) -> bytes:
+    """The body of the slice that begins with this entry; part: its entries. Raises like slice_bodies."""
+    return slice_place(start, header.slice_entries(start)) + _encode_slice(header, part, transform)
 
 
 def slice_place(start: int, entries: int) -> bytes:
     """What a body begins with."""
     return struct.pack("<II", start, entries)
+
+
+def slice_entries(body: bytes) -> int:
+    """How many entries a body is of."""
+    entries: int = struct.unpack_from("<II", body)[1]
+    return entries
 
 
 def decode_slice(
@@ -237,7 +277,7 @@ def decode_slice(
     Raises PayloadRejected if a field is out of range or a size does not add up.
     """
     start, entries = struct.unpack_from("<II", body)
-    data = memoryview(body)[8:]
+    data = memoryview(body)[PLACE_BYTES:]
     shape = header.shape
     dims = (shape.kv_heads, entries, shape.head_dim)
     here = {layer: at[..., start : start + entries] for layer, at in positions.items()}

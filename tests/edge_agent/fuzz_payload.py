@@ -67,7 +67,7 @@ def test_one_input(data: bytes) -> None:
             reader.finish()
     except PayloadRejected:
         pass
-    for cache in reader.caches:
+    for cache in reader.slices.values():
         cache.check()
 
 
