@@ -189,7 +189,9 @@ def decode_s(speed: Speed | None, elements: int, rung_name: str | None = None) -
 
 def _codec(speed: Speed, rung_name: str | None) -> CodecSpeed | None:
     """What was measured of a rung's family."""
-    family = codec_family(rung_name) if rung_name else None
+    if not speed.codecs or not rung_name:
+        return None
+    family = codec_family(rung_name)
     return next(
         (
             codec

@@ -291,17 +291,15 @@ class Round:
 
     def paced(self, link: LinkPlan) -> bool:
         """Whether others use a channel of this link. One that has all to itself is not slowed to what was measured."""
-        return link.share_bps > 0 and (
-            len(self.links) > 1 or bool(link.later_rates) or link.share_bps < ALONE_SHARE * link.link_bps
-        )
+        shared = len(self.links) > 1 or bool(link.later_rates)
+        return link.share_bps > 0 and (shared or link.share_bps < ALONE_SHARE * link.link_bps)
 
 
 def _revised(link: LinkPlan, share_bps: float) -> LinkPlan:
     """The same with another share, and a note of the last one."""
     kept = [note for note in link.note.split("; ") if note and not note.startswith(REVISED)]
-    return replace(
-        link, share_bps=share_bps, later_rates=(), note="; ".join([*kept, f"{REVISED} {share_bps / 1e6:.1f} Mbit/s"])
-    )
+    note = "; ".join([*kept, f"{REVISED} {share_bps / 1e6:.1f} Mbit/s"])
+    return replace(link, share_bps=share_bps, later_rates=(), note=note)
 
 
 def _link_report(

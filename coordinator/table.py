@@ -7,20 +7,32 @@ add. Channels are kept as pairs of a link and a channel, since few links pass th
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from operator import attrgetter
 
 import numpy as np
-from numpy.typing import NDArray
 
-from broker_config.messages import Rung, Speed
-from coordinator.latency import Link, Scenario, decode_s, encode_s, prefill_s
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.intp]
-Flags = NDArray[np.bool_]
+from broker_config.messages import Speed
+from coordinator.ladders import Ladders
+from coordinator.latency import Link, Scenario, prefill_s, usable
+from coordinator.numbers import Flags, Floats, Ints, column
 
 NEWTON_STEPS = 16
 WHOLE = 1 << 30
 """Tokens of a slice that holds any context: nothing is streamed."""
+
+
+_NUMBERS = attrgetter(
+    "tokens",
+    "elements_per_token",
+    "bytes_per_token_id",
+    "sender_rtt_s",
+    "receiver_rtt_s",
+    "receiver_overhead_s",
+    "cached",
+    "generated",
+    "request",
+    "snr",
+)
 
 
 class Groups:
@@ -66,32 +78,37 @@ class Table:
         links = scenario.links
         self.scenario, self.count = scenario, len(links)
         self.slice_tokens = scenario.slice_tokens or WHOLE
-        self.tokens = _column([link.tokens for link in links])
-        self.elements = _column([link.elements_per_token for link in links])
-        ids = _column([link.bytes_per_token_id for link in links]) * self.tokens
-        self.head_bits = 8.0 * (scenario.header_bytes + ids)
+        columns = np.array([_NUMBERS(link) for link in links], dtype=np.float64).reshape(-1, 10).T
+        self.tokens, self.elements, id_bytes, sender_rtt_s, receiver_rtt_s, overheads_s = columns[:6]
+        self.cached, self.generated = columns[6] > 0, columns[7] > 0
+        self.request: Ints = columns[8].astype(np.intp)
+        self.head_bits = 8.0 * (scenario.header_bytes + id_bytes * self.tokens)
         """What goes first, whatever the medium: the header, with the ids of all tokens."""
-        sender_rtt_s = _column([link.sender_rtt_s for link in links])
-        receiver_rtt_s = _column([link.receiver_rtt_s for link in links])
         self.order_s, self.back_s = sender_rtt_s / 2, (sender_rtt_s + receiver_rtt_s) / 2
-        self.measured: Flags = np.array([link.measured for link in links], dtype=bool)
-        self.may_cache: Flags = np.array([link.may_cache for link in links], dtype=bool)
-        self.cached: Flags = np.array([link.cached for link in links], dtype=bool)
-        self.generated: Flags = np.array([link.generated for link in links], dtype=bool)
         self._set_compute(links)
-        self._set_requests(receiver_rtt_s)
-        self._set_channels(links)
+        self._set_requests(receiver_rtt_s / 2 + overheads_s)
+        self._set_channels(links, columns[9])
+        has_rungs: Flags = np.array([bool(link.rungs) for link in links], dtype=bool)
+        self.may_cache: Flags = has_rungs & self.measured & self._usable & (self.tokens > 0)
+        self._ladders: Ladders | None = None
+
+    @property
+    def ladders(self) -> Ladders:
+        """What entries weigh and take at each rung."""
+        self._ladders = self._ladders or Ladders(self.scenario.links)
+        return self._ladders
 
     def _set_compute(self, links: Sequence[Link]) -> None:
         """fixed, per token and per token² seconds of prefill at the receiver; what the sender takes to produce."""
-        speeds: dict[Speed | None, tuple[float, float, float, float]] = {}
+        terms: dict[int, tuple[float, ...]] = {}
         for link in links:
             for speed in (link.sender_speed, link.receiver_speed):
-                if speed not in speeds:
-                    speeds[speed] = _prefill_terms(speed)
-        received = np.array([speeds[link.receiver_speed] for link in links]).reshape(-1, 4)
-        sent = np.array([speeds[link.sender_speed] for link in links]).reshape(-1, 4)
-        self.prefill_fixed_s, self.prefill_token_s, self.prefill_square_s, _ = received.T
+                if id(speed) not in terms:
+                    terms[id(speed)] = (*_prefill_terms(speed), usable(speed))
+        received = np.array([terms[id(link.receiver_speed)] for link in links]).reshape(-1, 5)
+        sent = np.array([terms[id(link.sender_speed)] for link in links]).reshape(-1, 5)
+        self.prefill_fixed_s, self.prefill_token_s, self.prefill_square_s = received.T[:3]
+        self._usable: Flags = (received[:, 4] > 0) & (sent[:, 4] > 0)
         produces = ~self.cached
         self.produce_fixed_s = np.where(produces & ~self.generated, sent[:, 0], 0.0)
         self.produce_token_s = np.where(produces, np.where(self.generated, sent[:, 3], sent[:, 1]), 0.0)
@@ -99,34 +116,26 @@ class Table:
         self.text_token_s = np.where(self.generated & produces, sent[:, 3], 0.0)
         """Between two tokens of a text that is still being generated."""
 
-    def _set_requests(self, receiver_rtt_s: Floats) -> None:
-        scenario, links = self.scenario, self.scenario.links
+    def _set_requests(self, last_s: Floats) -> None:
+        """last_s: (K,) from the end of a question at the link's receiver to its first token's arrival."""
+        links, requests = self.scenario.links, self.scenario.requests
         self.senders = Groups([link.sender for link in links])
         self.receivers = Groups([link.receiver for link in links])
-        self.request: Ints = np.array([link.request for link in links], dtype=np.intp)
-        requests = scenario.requests
-        first: dict[int, Link] = {}
-        behind = [0] * len(requests)
-        for link in links:
-            first.setdefault(link.request, link)
-            behind[link.request] += link.tokens
-        self.question_s = _column(
+        first = np.full(len(requests), -1, dtype=np.intp)
+        first[self.request[::-1]] = np.arange(self.count)[::-1]
+        behind = np.bincount(self.request, weights=self.tokens, minlength=len(requests))
+        self.question_s = column(
             [
-                prefill_s(first[index].receiver_speed, terms.question_tokens, behind[index]) if index in first else 0.0
-                for index, terms in enumerate(requests)
+                prefill_s(links[link].receiver_speed, terms.question_tokens, int(tokens)) if link >= 0 else 0.0
+                for terms, link, tokens in zip(requests, first.tolist(), behind.tolist(), strict=True)
             ]
         )
-        overhead = [
-            first[index].receiver_rtt_s / 2 + first[index].receiver_overhead_s if index in first else 0.0
-            for index in range(len(requests))
-        ]
-        self.last_s = _column(overhead)
+        self.last_s = np.where(first >= 0, last_s[first], 0.0) if self.count else np.zeros(len(requests))
         """From the end of a request's question to its first token's arrival."""
         self._set_members()
         questions = np.zeros(self.receivers.count)
         np.maximum.at(questions, self.receivers.index, self.questions_s[self.request])
-        overheads_s = _column([link.receiver_overhead_s for link in links])
-        self.after_s = questions[self.receivers.index] + receiver_rtt_s / 2 + overheads_s
+        self.after_s = questions[self.receivers.index] + last_s
         """What follows the parts at a link's receiver: all its questions, what else it needs, and the token's way."""
 
     def _set_members(self) -> None:
@@ -165,25 +174,31 @@ class Table:
         """Which share of a prefill can't begin before the last of its tokens is there."""
         return np.where(self.text_token_s > 0, np.minimum(self.slice_tokens, own) / np.maximum(own, 1.0), 1.0)
 
-    def _set_channels(self, links: Sequence[Link]) -> None:
-        """Pairs (link, channel) sorted by channel, with the seconds of that channel that a bit takes."""
-        pairs = [(i, name, bps) for i, link in enumerate(links) if link.measured for name, bps in link.channels]
-        channels = Groups([name for _, name, _ in pairs])
-        self.channel_names = tuple(dict.fromkeys(name for _, name, _ in pairs))
-        order = np.argsort(channels.index, kind="stable")
-        self.pair_link: Ints = np.array([i for i, _, _ in pairs], dtype=np.intp)[order]
-        self.pair_channel = channels.index[order]
-        self.pair_alone_bps = _column([bps for _, _, bps in pairs])[order]
-        self.pair_snr = _column([link.snr for link in links])[self.pair_link]
+    def _set_channels(self, links: Sequence[Link], snr: Floats) -> None:
+        """Pairs (link, channel) sorted by channel, with the rate alone on it; one passed twice has half of that."""
+        passed = [(i, name, bps) for i, link in enumerate(links) if link.link_bps > 0 for name, bps in link.channels]
+        channels = Groups([name for _, name, _ in passed])
+        self.channel_names = tuple(dict.fromkeys(name for _, name, _ in passed))
+        link: Ints = np.array([i for i, _, _ in passed], dtype=np.intp)
+        order = np.lexsort((link, channels.index))
+        link, channel = link[order], channels.index[order]
+        bit_s = 1 / column([bps for _, _, bps in passed])[order]
+        anew = np.flatnonzero((np.diff(link, prepend=-1) != 0) | (np.diff(channel, prepend=-1) != 0))
+        self.pair_link, self.pair_channel = link[anew], channel[anew]
+        self.pair_alone_bps = 1 / np.add.reduceat(bit_s, anew) if anew.size else bit_s
+        self.measured: Flags = np.bincount(self.pair_link, minlength=self.count) > 0
+        self.pair_snr = snr[self.pair_link]
         self.channel_starts = np.searchsorted(self.pair_channel, np.arange(channels.count))
         self.pairs_by_link = np.argsort(self.pair_link, kind="stable")
         self.link_starts = np.flatnonzero(np.diff(self.pair_link[self.pairs_by_link], prepend=-1))
         free = self.scenario.airtime_free
-        self.free = _column([free.get(name, 1.0) for name in self.channel_names])
+        self.free = column([free.get(name, 1.0) for name in self.channel_names])
         self.fdma = bool(np.any(self.pair_snr > 0))
         crowd = np.bincount(self.pair_channel, minlength=channels.count)
         self.shared: Flags = crowd > 1
-        """Channels that more than one link passes, or one twice."""
+        """Channels that more than one link passes."""
+        self.most_bps = self.least_of_pairs(self.pair_alone_bps * self.free[self.pair_channel])
+        """What each link has if it has all that is free to itself."""
 
     def used(self, rates: Floats) -> Floats:
         """The share of each channel that these rates take: (..., K) to (..., channels)."""
@@ -193,31 +208,40 @@ class Table:
         """The same of rates by pair, (..., pairs)."""
         if not self.channel_starts.size:
             return np.zeros((*rates.shape[:-1], 0))
+        return np.asarray(np.add.reduceat(self.shares_of_pairs(rates), self.channel_starts, axis=-1))
+
+    def shares_of_pairs(self, rates: Floats) -> Floats:
+        """The share of its channel that each pair's rate takes, (..., pairs)."""
         alone = rates / self.pair_alone_bps
-        shares = band_shares(alone, self.pair_snr) if self.fdma else alone
-        return np.asarray(np.add.reduceat(shares, self.channel_starts, axis=-1))
+        return band_shares(alone, self.pair_snr) if self.fdma else alone
+
+    def all_of_pairs(self, by_pair: Flags) -> Flags:
+        """For each link whether it holds of all its pairs."""
+        return np.asarray(np.bincount(self.pair_link[~by_pair], minlength=self.count) == 0)
+
+    def tangents(self, rates: Floats) -> tuple[Floats, Floats]:
+        """(slope, intercept) by pair of the share of its channel as a function of the rate, at these rates (K,)."""
+        if not self.fdma:
+            return 1 / self.pair_alone_bps, np.zeros(len(self.pair_link))
+        alone = rates[self.pair_link] / self.pair_alone_bps
+        share = band_shares(alone, self.pair_snr)
+        waves = self.pair_snr > 0
+        ratio = np.where(waves, self.pair_snr, 1.0) / np.maximum(share, 1e-12)
+        slope = np.log1p(np.where(waves, self.pair_snr, 1.0)) / (np.log1p(ratio) - ratio / (1 + ratio))
+        slope = np.where(waves, np.where(share > 0, slope, 0.0), 1.0)
+        return slope / self.pair_alone_bps, np.where(waves, share - slope * alone, 0.0)
 
     def least_on_way(self, by_channel: Floats) -> Floats:
         """For each link the least of what its channels have; infinite for one that passes none."""
+        return self.least_of_pairs(by_channel[self.pair_channel])
+
+    def least_of_pairs(self, by_pair: Floats) -> Floats:
+        """For each link the least of its pairs; infinite for one without."""
         found = np.full(self.count, np.inf)
         if self.link_starts.size:
-            least = np.minimum.reduceat(by_channel[self.pair_channel[self.pairs_by_link]], self.link_starts)
+            least = np.minimum.reduceat(by_pair[self.pairs_by_link], self.link_starts)
             found[self.pair_link[self.pairs_by_link][self.link_starts]] = least
         return found
-
-    def coding_s(self, rungs: Sequence[Rung | None]) -> tuple[Floats, Floats]:
-        """Seconds a token of encoding at the sender and of decoding at the receiver, each link at its rung."""
-        encode = [
-            0.0
-            if rung is None
-            else encode_s(link.sender_speed, link.elements_per_token, rung.name, link.kept if link.cached else None)
-            for link, rung in zip(self.scenario.links, rungs, strict=True)
-        ]
-        decode = [
-            0.0 if rung is None else decode_s(link.receiver_speed, link.elements_per_token, rung.name)
-            for link, rung in zip(self.scenario.links, rungs, strict=True)
-        ]
-        return _column(encode), _column(decode)
 
     def prefill_s(self, own: Floats) -> Floats:
         """Seconds of prefilling so many leading tokens at the receiver, (..., K)."""
@@ -257,10 +281,6 @@ def band_shares(alone: Floats, snr: Floats) -> Floats:
     beyond = (alone - 1) * whole / np.maximum(whole - snr / (1 + snr), 1e-300)
     found[waves] = np.where(alone > 0, np.where(alone > 1, 1 + beyond, at), 0.0)[waves]
     return found
-
-
-def _column(values: Sequence[float]) -> Floats:
-    return np.array(values, dtype=np.float64)
 
 
 def _prefill_terms(speed: Speed | None) -> tuple[float, float, float, float]:

@@ -15,13 +15,15 @@ those with the earlier deadline go first, and the questions of those before coun
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from broker_config.messages import Rung, Stages
+from broker_config.messages import Stages
+from coordinator.ladders import Ladders
 from coordinator.latency import Decision, Prediction, Scenario
-from coordinator.table import Floats, Ints, Table
+from coordinator.numbers import Floats, Ints
+from coordinator.table import Table
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,14 @@ def evaluate(scenario: Scenario, decisions: Sequence[Decision]) -> Prediction:
 
 def course_of(table: Table, decisions: Sequence[Decision]) -> Course:
     """Decisions as columns."""
-    rungs: list[Rung | None] = [decision.rung for decision in decisions]
-    encode_s, decode_s = table.coding_s(rungs)
+    pairs = list(zip(table.scenario.links, decisions, strict=True))
+    alone = [replace(link, rungs=(decision.rung,) if decision.rung else ()) for link, decision in pairs]
+    bits, encode_s, decode_s = Ladders(alone).coded(np.zeros(table.count, dtype=np.intp))
     steps = sorted({0.0, *(at for decision in decisions for at, _ in decision.later)})
     rates = np.array([_rates(decision, steps) for decision in decisions]).reshape(table.count, len(steps))
     return Course(
         own=np.array([float(decision.own_tokens) for decision in decisions]),
-        token_bits=table.elements * np.array([rung.bits_per_element if rung else 0.0 for rung in rungs]),
+        token_bits=bits,
         encode_s=encode_s,
         decode_s=decode_s,
         rates=rates,
@@ -129,10 +132,12 @@ def timeline(table: Table, course: Course) -> Timeline:
 
 def predicted(table: Table, found: Timeline) -> Prediction:
     """A timeline as a value."""
-    names = Stages.__struct_fields__
-    rows = zip(*(getattr(found, name).tolist() for name in names), strict=True)
+    columns = (found.sender_prefill_s, found.encode_s, found.transfer_s, found.decode_s, found.receiver_prefill_s)
     return Prediction(
-        stages=tuple(Stages(**dict(zip(names, row, strict=True))) for row in rows),
+        stages=tuple(
+            Stages(sender_prefill_s=made, encode_s=encoded, transfer_s=sent, decode_s=decoded, receiver_prefill_s=read)
+            for made, encoded, sent, decoded, read in zip(*(each.tolist() for each in columns), strict=True)
+        ),
         arrive_s=tuple(found.arrive_s.tolist()),
         question_s=tuple(table.question_s.tolist()),
         request_e2e_s=tuple(found.request_e2e_s.tolist()),

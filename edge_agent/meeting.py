@@ -154,7 +154,7 @@ class Meeting:
 
     def _unknown(self) -> bool:
         """Whether nothing says yet how fast a cache comes that was expected to win."""
-        return not self._bid.own_tokens and not self._arrivals.shown
+        return not (self._bid.own_tokens or self.computed_tokens or self._arrivals.shown)
 
     def _late_s(self) -> float:
         """Until when it is better to wait than to compute a few tokens."""
@@ -184,10 +184,11 @@ class Meeting:
                 return
             ids = self._bid.ids[self._covered : self._covered + count]
             seconds = await self._engine.compute(live, ids, keys=not self._seat.alone)
-        self._engine.meter.prefill(count, seconds, behind=self._covered)
         self._busy_s += self._clock() - begin_s
         self.prefill_s += seconds
         self.computed_tokens += count
+        if 2 * count >= self._engine.model.prefill_chunk:  # small ones are slower for a token
+            self._engine.meter.prefill(count, seconds, behind=self._covered)
         if self._pieces and self._pieces[-1][1] is None:
             self._pieces[-1] = (self._pieces[-1][0] + count, None)
         else:

@@ -18,7 +18,7 @@ from broker_config import topics
 from broker_config.bus import Bus
 from broker_config.errors import BusError, TransferError
 from broker_config.messages import Abort, EndState, PaceOrder, SendOrder, SendOutcome
-from broker_config.transfer import Pacer, Sent, send
+from broker_config.transfer import DEFAULT_WINDOW_BYTES, Pacer, Sent, send
 from edge_agent.context_facts import ContextFacts
 from edge_agent.engine import Engine
 from edge_agent.errors import AgentError, RecipeInvalid
@@ -39,6 +39,8 @@ Slices = AsyncGenerator[bytes, None]
 
 AT_ONCE = b""
 """What was made goes, whether it fills a chunk or not."""
+MEET_WINDOW_CHUNKS = 4
+"""So many are on their way at once to a receiver that may have enough any moment: those go for nothing then."""
 FACTS_PATIENCE_S = 1.0
 """What a transfer waits for facts at most: without them a cache still serves, and its receiver waits few seconds."""
 
@@ -60,13 +62,13 @@ class Outgoing:
         self._agent, self._engine, self._store = agent, engine, store
         self._facts = facts
         self._control, self._bulk, self._link = control, bulk, link
-        self._pacers: dict[str, Pacer] = {}
+        self._jobs: dict[str, _Job] = {}
         """Of the transfers under way."""
 
     async def carry_out(self, order: SendOrder) -> None:
         """Send what the order asks for and report how it ended."""
         job = _Job(order, asyncio.get_running_loop().time())
-        self._pacers[order.transfer] = job.pacer
+        self._jobs[order.transfer] = job
         state: EndState = "refused"
         reason, sent = "", None
         try:
@@ -85,17 +87,17 @@ class Outgoing:
             await last_words(self._cancelled(job))
             raise
         finally:
-            del self._pacers[order.transfer]
+            del self._jobs[order.transfer]
         await self._report(job, state, reason, sent)
         await self._keep(job)
 
     def pace(self, order: PaceOrder) -> None:
         """Other rates for a transfer that is under way."""
-        pacer = self._pacers.get(order.transfer)
-        if pacer is None:
+        job = self._jobs.get(order.transfer)
+        if job is None:
             log.info("transfer %s is not under way: its pace is nobody's", order.transfer)
             return
-        pacer.change(order.rate_bps or None, order.later_rates)
+        job.pacer.change(order.rate_bps or None, order.later_rates)
 
     async def _send(self, job: _Job) -> Sent:
         order = job.order
@@ -105,7 +107,8 @@ class Outgoing:
         held = self._store.get(order.context_id)
         if order.own_tokens > len(held.ids):
             raise RecipeInvalid(f"{order.own_tokens} leading tokens of a context of {len(held.ids)}")
-        with self._store.pinned(held.context_id), self._link.sending(job.flow):
+        flow = job.flow
+        with self._store.pinned(held.context_id), self._link.sending(flow):
             async with asyncio.timeout_at(deadline_s):
                 header, slices = await self._prepared(job, held, rung)
             sent = await send(
@@ -115,12 +118,13 @@ class Outgoing:
                 receiver=order.receiver,
                 transfer=order.transfer,
                 request=order.request,
-                pieces=self._pieces(job, header, slices),
+                pieces=self._pieces(job, header, slices, flow),
                 total_bytes=header.payload_bytes(),
                 chunk_bytes=order.chunk_bytes,
                 pacer=job.pacer,
+                window_bytes=MEET_WINDOW_CHUNKS * order.chunk_bytes if job.meet else DEFAULT_WINDOW_BYTES,
                 expires_s=max(0.0, round(deadline_s - clock(), 3)),
-                on_progress=job.flow.moved,
+                on_progress=flow.moved,
             )
         if job.coded_entries:
             elements = header.decoded_bytes() // 4 * job.coded_entries // header.entries
@@ -190,16 +194,20 @@ class Outgoing:
         form = await self._store.fetch(held.context_id)
         return form if form is not None and shelf.fits(form, rung, own_tokens=own_tokens) else None
 
-    async def _pieces(self, job: _Job, header: Header, slices: Slices) -> AsyncIterator[bytes]:
+    async def _pieces(self, job: _Job, header: Header, slices: Slices, flow: Flow) -> AsyncIterator[bytes]:
         """The payload piece by piece, its header before anything is done for its slices; none waits for the next."""
         writer = PayloadWriter(header)
         yield job.made(writer.first)
         yield AT_ONCE
         async with aclosing(slices) as bodies:
             async for body in bodies:
-                yield job.made(await job.timed(partial(writer.slice, body)))
+                piece = job.made(await job.timed(partial(writer.slice, body)))
+                flow.made(job.payload_bytes)
+                yield piece
                 yield AT_ONCE
-        yield job.made(writer.trailer(), last=True)
+        last = job.made(writer.trailer())
+        flow.made(job.payload_bytes, all_of_it=True)
+        yield last
 
     async def _keep(self, job: _Job) -> None:
         """What was begun to be computed is computed to its end, which the next order has use for."""
@@ -264,10 +272,9 @@ class _Job:
         self.held: Held | None = None
         self.stream: Stream | None = None
 
-    def made(self, piece: bytes, *, last: bool = False) -> bytes:
+    def made(self, piece: bytes) -> bytes:
         """Count a piece of the payload."""
         self.payload_bytes += len(piece)
-        self.flow.made(self.payload_bytes, all_of_it=last)
         return piece
 
     async def timed(self, work: Callable[[], T]) -> T:

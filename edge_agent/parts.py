@@ -200,19 +200,19 @@ class Parts:
             reader,
             lambda header: self._check(header, progress.part),
             seat.news,
+            link=self._link,
             timeout_s=order.part_timeout_s,
         )
         try:
-            with self._link.receiving(reception.flow):
-                header = await reception.header()
-                if usable_by_slices(header):
-                    return await self._meet(order, progress, reception, header, seat)
-                return await self._whole(order, progress, reception, header)
+            header = await reception.header()
+            if usable_by_slices(header):
+                return await self._meet(order, progress, reception, header, seat)
+            return await self._whole(order, progress, reception, header)
         finally:
             await reception.close()
             progress.payload_bytes, progress.receive_s = reception.payload_bytes, reception.receive_s
             progress.decode_s = reception.decode_s
-            self._measured(reception, reader.header.rung if reader.header else None)
+            self._measured(reception)
 
     async def _meet(
         self, order: AnswerOrder, progress: Progress, reception: Reception, header: Header, seat: Seat
@@ -241,7 +241,9 @@ class Parts:
         if header.own_tokens:
             own = await self._computed(order, progress, ids[: header.own_tokens])
             pieces.append((own, header.own_tokens))
+        begin = time.perf_counter()
         await reception.end()
+        progress.waited_s = time.perf_counter() - begin
         if reception.failure is not None:
             self._note(order, progress, reception.failure, gap=True)
             return _whole(await self._computed(order, progress, ids), header.facts)
@@ -258,10 +260,10 @@ class Parts:
         progress.failed(failure)
         progress.fallback = FROM_IDS if gap else ""
 
-    def _measured(self, reception: Reception, rung: str | None) -> None:
+    def _measured(self, reception: Reception) -> None:
         """What the transfer says of this machine and its link."""
         if reception.decoded_elements:
-            self._engine.meter.decode_payload(reception.decoded_elements, reception.decode_s, rung)
+            self._engine.meter.decode_payload(reception.decoded_elements, reception.decode_s, reception.rung)
         incoming = reception.incoming
         if incoming.state == "delivered" and incoming.first_chunk_s is not None and incoming.last_chunk_s is not None:
             after_first = max(0, reception.payload_bytes - reception.first_bytes)  # its own time is not known

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +14,7 @@ from edge_agent.flow import Flow
 from edge_agent.kv.cache import Cache
 from edge_agent.kv.payload import Header
 from edge_agent.kv.reader import PayloadReader
-
-log = logging.getLogger(__name__)
+from edge_agent.link_quality import LinkMeter
 
 
 class Reception:
@@ -34,10 +32,11 @@ class Reception:
         check: Callable[[Header], None],
         news: asyncio.Event,
         *,
+        link: LinkMeter,
         timeout_s: float,
     ) -> None:
         self.incoming, self._reader, self._check, self._news = incoming, reader, check, news
-        self.flow = Flow(incoming.transfer)
+        self._link = link
         self.failure: AgentError | BusError | None = None
         self.over = False
         self.payload_bytes = self.first_bytes = self.decoded_elements = 0
@@ -54,6 +53,11 @@ class Reception:
         if not self._accepted.done():
             self._task.result()
         return self._accepted.result()
+
+    @property
+    def rung(self) -> str:
+        """At which the entries came; "" before the header."""
+        return self._reader.header.rung if self._reader.header is not None else ""
 
     def take(self) -> list[tuple[int, Cache]]:
         """(first token, entries) of the slices that have come since."""
@@ -84,8 +88,9 @@ class Reception:
 
     async def _run(self, timeout_s: float) -> None:
         try:
-            async with asyncio.timeout(timeout_s):
-                await self._read()
+            with self._link.receiving(Flow(self.incoming.transfer)) as flow:
+                async with asyncio.timeout(timeout_s):
+                    await self._read(flow)
         except TimeoutError:
             reason = f"not complete within {timeout_s:g} s"
             await self.incoming.expire(reason)
@@ -102,12 +107,12 @@ class Reception:
                 self._accepted.exception()  # whoever waits for it is told; nobody may be
             self._news.set()
 
-    async def _read(self) -> None:
+    async def _read(self, flow: Flow) -> None:
         async for piece in self.incoming.pieces():
+            flow.moved(self.incoming.received_bytes)
             begin = time.perf_counter()
             self.first_bytes = self.first_bytes or len(piece)
             self.payload_bytes += len(piece)
-            self.flow.moved(self.incoming.received_bytes)
             try:
                 await asyncio.to_thread(self._reader.feed, piece)
             finally:

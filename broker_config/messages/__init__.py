@@ -17,6 +17,7 @@ from broker_config.messages.base import PROTOCOL_VERSION, Message, new_id
 from broker_config.messages.bulk import MAX_CHUNK_BYTES, MAX_PROBE_BYTES, Abort, Ack, Bulk, Chunk, Open, Probe
 from broker_config.messages.orders import (
     FROM_IDS,
+    SLICE_TOKENS,
     AddContext,
     AnswerOrder,
     AnswerOutcome,
@@ -63,6 +64,7 @@ __all__ = [
     "MAX_CHUNK_BYTES",
     "MAX_PROBE_BYTES",
     "PROTOCOL_VERSION",
+    "SLICE_TOKENS",
     "Abort",
     "Ack",
     "AddContext",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
@@ -30,6 +31,7 @@ SecondsPerToken2 = Annotated[float, Meta(ge=0, le=1e3, title="seconds per token 
 _FAMILIES = {"qkvcomm": "mix", "klmix": "mix"}
 
 
+@lru_cache(maxsize=1_024)
 def codec_family(rung: str) -> CodecFamily:
     """What rungs that take like time to code have in common: float, fp, q, mix or klt, by the letters of the name."""
     letters = rung[: next((at for at, letter in enumerate(rung) if not letter.isalpha()), len(rung))][:16].lower()

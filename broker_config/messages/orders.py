@@ -63,6 +63,14 @@ class ContextReply(Message, frozen=True, kw_only=True, tag="context_reply"):
     error: Reason = ""
 
 
+SLICE_TOKENS = 64
+"""Of the slices that a receiver meets; what the coordinator plans in, too. Half a slice is lost at the meeting.
+
+Of SmolLM2-135M's caches such slices take 0.5 % more bytes and 15 % more coding than those of 128 tokens; those of 32,
+1.4 % and up to 60 %.
+"""
+
+
 class RateStep(Struct, frozen=True, kw_only=True):
     """From after_s seconds after an order on, a transfer has rate_bps."""
 

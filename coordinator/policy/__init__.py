@@ -8,13 +8,14 @@ from coordinator.errors import PolicyUnknown
 from coordinator.policy.base import LinkPlan, Plan, Policy, RequestPlan
 from coordinator.policy.fixed import CachePolicy, TokenPolicy
 from coordinator.policy.jmsra import JmsraPolicy
+from coordinator.policy.optimum import OptimumPolicy
 from coordinator.policy.rungs import PressureCaps
 from coordinator.policy.scenario import PlanRequest, build_scenario
 
-DEFAULT_POLICY = "jmsra"
+DEFAULT_POLICY = "optimum"
 
 POLICIES: MappingProxyType[str, Policy] = MappingProxyType(
-    {policy.name: policy for policy in (JmsraPolicy(), TokenPolicy(), CachePolicy())}
+    {policy.name: policy for policy in (OptimumPolicy(), JmsraPolicy(), TokenPolicy(), CachePolicy())}
 )
 
 

@@ -1,7 +1,7 @@
 """What every policy is, and what it gives: a plan, from a scenario, without looking at anything else.
 
-A policy differs from another in `media` alone: which links carry a cache. Rungs, shares and prediction are the same
-code for all, so that they can be compared (methods, section 2: one evaluator).
+A policy differs from another in `choose` alone: which tokens of which links travel as cache. Rungs, shares and
+prediction are the same code for all, so that they can be compared (methods, section 2: one evaluator).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Literal, Protocol
 
 from broker_config.messages import LinkReport, RateStep, Stages
 from coordinator.latency import Decision, Link, Prediction, Scenario, payload_bytes
+from coordinator.numbers import Flags
 from coordinator.policy.rungs import raise_rungs
 from coordinator.policy.shares import Allocation, Shares
-from coordinator.table import Flags
 
 Medium = Literal["tokens", "cache", "split"]
 
@@ -96,7 +96,8 @@ class RequestPlan:
 class Plan:
     """What a policy decided for all requests planned together. predicted_e2e_s is that of the slowest of them.
 
-    within_s is the round's E2E that min-max allocation guarantees; the prediction is never above it.
+    within_s is the round's E2E that min-max allocation guarantees; the prediction is never above it. bound_s: an E2E
+    below which no plan is, where it is known.
     """
 
     policy: str
@@ -105,6 +106,7 @@ class Plan:
     predicted_question_s: float
     within_s: float
     known: bool
+    bound_s: float | None = None
 
     @property
     def links(self) -> tuple[LinkPlan, ...]:
@@ -123,30 +125,54 @@ class Policy(Protocol):
         """Medium, rung and share of every link."""
 
 
-class BinaryPolicy:
-    """A policy that gives every link one medium whole: its tokens or its cache."""
+class StagedPolicy:
+    """A policy that first ends the round as early as it can, on the tightest rungs, and then raises these."""
 
     name: str
+    meets = False
+    """Whether both ends of a link that carries a cache go on until they meet."""
+
+    def choose(self, shares: Shares) -> Allocation:
+        """What each link carries, with its rates, on the tightest rungs."""
+        raise NotImplementedError
+
+    def bound_s(self, shares: Shares, chosen: Allocation) -> float | None:  # noqa: ARG002
+        """An E2E below which no plan is; None where the policy knows of none."""
+        return None
+
+    def plan(self, scenario: Scenario) -> Plan:
+        """Chosen, then raised."""
+        if not scenario.links:
+            return nothing(self.name)
+        shares = Shares(scenario)
+        chosen = self.choose(shares)
+        return describe(self, scenario, raise_rungs(shares, chosen), bound_s=self.bound_s(shares, chosen))
+
+
+class BinaryPolicy(StagedPolicy):
+    """A policy that gives every link one medium whole: its tokens or its cache."""
 
     def media(self, shares: Shares) -> Flags:
         """Which links carry their cache, (K,) bool; only where `shares.may_cache`."""
         raise NotImplementedError
 
-    def plan(self, scenario: Scenario) -> Plan:
-        """Media on the tightest rungs, then the rungs raised."""
-        if not scenario.links:
-            return Plan(
-                policy=self.name, requests=(), predicted_e2e_s=0.0, predicted_question_s=0.0, within_s=0.0, known=True
-            )
-        shares = Shares(scenario)
-        base = shares.allocate(shares.own_of(self.media(shares)))
-        return describe(self.name, scenario, raise_rungs(shares, base))
+    def choose(self, shares: Shares) -> Allocation:
+        """Min-max shares of these media."""
+        return shares.allocate(shares.own_of(self.media(shares)))
 
 
-def describe(policy: str, scenario: Scenario, allocation: Allocation) -> Plan:
+def nothing(policy: str) -> Plan:
+    """The plan of a scenario without links."""
+    return Plan(policy=policy, requests=(), predicted_e2e_s=0.0, predicted_question_s=0.0, within_s=0.0, known=True)
+
+
+def describe(policy: StagedPolicy, scenario: Scenario, allocation: Allocation, *, bound_s: float | None = None) -> Plan:
     """An allocation as a plan."""
     prediction = allocation.prediction
-    links = [_link_plan(scenario, index, decision, prediction) for index, decision in enumerate(allocation.decisions)]
+    links = [
+        _link_plan(scenario, index, decision, prediction, meets=policy.meets)
+        for index, decision in enumerate(allocation.decisions)
+    ]
     requests = tuple(
         RequestPlan(
             request=terms.request,
@@ -161,12 +187,13 @@ def describe(policy: str, scenario: Scenario, allocation: Allocation) -> Plan:
         for index, terms in enumerate(scenario.requests)
     )
     return Plan(
-        policy=policy,
+        policy=policy.name,
         requests=requests,
         predicted_e2e_s=prediction.e2e_s,
         predicted_question_s=max(prediction.question_s),
         within_s=allocation.within_s,
         known=scenario.known,
+        bound_s=bound_s,
     )
 
 
@@ -176,7 +203,7 @@ def _medium(link: Link, own_tokens: int) -> Medium:
     return "split" if own_tokens else "cache"
 
 
-def _link_plan(scenario: Scenario, index: int, decision: Decision, prediction: Prediction) -> LinkPlan:
+def _link_plan(scenario: Scenario, index: int, decision: Decision, prediction: Prediction, *, meets: bool) -> LinkPlan:
     link = scenario.links[index]
     rung = decision.rung or link.reference
     return LinkPlan(
@@ -203,4 +230,6 @@ def _link_plan(scenario: Scenario, index: int, decision: Decision, prediction: P
         arrive_s=prediction.arrive_s[index],
         known=link.known,
         note=link.note,
+        meet=meets and decision.own_tokens < link.tokens,
+        later_rates=tuple(RateStep(after_s=at, rate_bps=rate) for at, rate in decision.later),
     )

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from coordinator.numbers import Flags
 from coordinator.policy.base import BinaryPolicy
 from coordinator.policy.shares import Shares
-from coordinator.table import Flags
 
 
 class TokenPolicy(BinaryPolicy):

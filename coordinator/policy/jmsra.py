@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from coordinator.numbers import Flags, Floats
 from coordinator.policy.base import BinaryPolicy
 from coordinator.policy.shares import Allocation, Shares
-from coordinator.table import Flags
 
 TIE_S = 1e-9
 
@@ -26,10 +26,17 @@ class JmsraPolicy(BinaryPolicy):
 
     def media(self, shares: Shares) -> Flags:
         """The best of both greedy ends and both starts."""
-        tokens, caches = np.zeros_like(shares.may_cache), shares.may_cache.copy()
-        choices = (tokens, caches, greedy(shares, tokens), greedy(shares, caches))
-        distinct = {choice.tobytes(): choice for choice in choices}
-        return best([shares.allocate(shares.own_of(choice)) for choice in distinct.values()]).carries
+        return best([shares.allocate(own) for own in binary_choices(shares, searched=True)]).carries
+
+
+def binary_choices(shares: Shares, *, searched: bool) -> list[Floats]:
+    """All tokens and all caches, and, if searched, both greedy ends: own tokens (K,), each choice once."""
+    tokens, caches = np.zeros_like(shares.may_cache), shares.may_cache.copy()
+    choices = [tokens, caches]
+    if searched:
+        choices += [greedy(shares, tokens), greedy(shares, caches)]
+    distinct = {choice.tobytes(): shares.own_of(choice) for choice in choices}
+    return list(distinct.values())
 
 
 def best(allocations: list[Allocation]) -> Allocation:

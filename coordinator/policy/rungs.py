@@ -13,8 +13,8 @@ import numpy as np
 
 from broker_config.messages import ModelInfo, Rung
 from coordinator.errors import RequestImpossible
+from coordinator.numbers import Floats
 from coordinator.policy.shares import Allocation, Shares
-from coordinator.table import Floats
 
 
 @dataclass(frozen=True)
@@ -64,39 +64,36 @@ def raise_rungs(shares: Shares, base: Allocation) -> Allocation:
     """The same media on the most faithful rungs that time allows.
 
     A request with a deadline that it meets may take until the deadline; one that misses it takes no longer than now;
-    without a deadline all may take `tie_fraction` longer than the round takes now. The link with the largest loss
-    climbs first (ties: in the order of the scenario), one rung at a time, until no link can climb.
+    without a deadline all may take `tie_fraction` longer than the round takes now. The links with the largest loss
+    climb first (ties: in the order of the scenario), each as long as its channels hold what it takes more.
     """
     limits_s = _limits(shares, base)
-    rungs = list(base.rungs)
-    climbing = set(np.flatnonzero(base.carries).tolist())
-    links = shares.scenario.links
-    while climbing:
-        index = min(climbing, key=lambda i: (-links[i].rungs[rungs[i]].kl, i))
-        if rungs[index] + 1 == len(links[index].rungs) or not _fits(shares, base, _climbed(rungs, index), limits_s):
-            climbing.remove(index)
-        else:
-            rungs[index] += 1
-    if tuple(rungs) == base.rungs:
+    ladders, links = shares.table.ladders, np.arange(shares.table.count)
+    rungs = base.rungs
+    rates = shares.needed(base.own, rungs, limits_s)
+    climbing = base.carries & (rungs < ladders.top)
+    while climbing.any():
+        loss = ladders.loss[links, rungs]
+        lossiest = climbing & (loss == loss[climbing].max())
+        raised = np.where(lossiest, rungs + 1, rungs)
+        fit, alone = shares.affordable(rates, shares.needed(base.own, raised, limits_s), lossiest)
+        higher = np.where(fit, rungs + 1, rungs)
+        wanted = shares.needed(base.own, higher, limits_s)
+        if not shares.holds(wanted):
+            break
+        rungs, rates = higher, wanted
+        climbing &= (~lossiest | alone) & (rungs < ladders.top)
+    if np.array_equal(rungs, base.rungs):
         return base
-    return shares.allocate_within(base.own, tuple(rungs), limits_s) or base
-
-
-def _climbed(rungs: list[int], index: int) -> tuple[int, ...]:
-    return (*rungs[:index], rungs[index] + 1, *rungs[index + 1 :])
-
-
-def _fits(shares: Shares, base: Allocation, rungs: tuple[int, ...], limits_s: Floats) -> bool:
-    rows = shares.rows(base.own[None, :], rungs)
-    return bool(shares.rates(rows, float("inf"), limits_s)[1][0])
+    return shares.allocate_within(base.own, rungs, limits_s, tolerance=base.tolerance) or base
 
 
 def _limits(shares: Shares, base: Allocation) -> Floats:
     """Per link, until when its receiver must have ended all its requests (the earliest limit of them)."""
-    scenario, found_s = shares.scenario, base.found.request_e2e_s.tolist()
-    limit_s: dict[str, float] = {}
-    for terms, e2e_s in zip(scenario.requests, found_s, strict=True):
-        tied_s = base.e2e_s * (1 + scenario.tie_fraction)
-        own_s = tied_s if terms.deadline_s is None else max(terms.deadline_s, e2e_s)
-        limit_s[terms.receiver] = min(own_s, limit_s.get(terms.receiver, float("inf")))
-    return np.array([limit_s[link.receiver] for link in scenario.links])
+    scenario, table = shares.scenario, shares.table
+    deadlines_s = np.array([terms.deadline_s or np.inf for terms in scenario.requests])
+    tied_s = base.e2e_s * (1 + scenario.tie_fraction)
+    own_s = np.where(np.isinf(deadlines_s), tied_s, np.maximum(deadlines_s, base.found.request_e2e_s))
+    limit_s = np.full(table.receivers.count, np.inf)
+    np.minimum.at(limit_s, table.receivers.index, own_s[table.request])
+    return np.asarray(limit_s[table.receivers.index])

@@ -20,14 +20,13 @@ Many choices are searched at once: `least` bisects on one T for all of them and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from broker_config.messages import Rung
 from coordinator.latency import Decision, Prediction, Scenario
-from coordinator.table import Flags, Floats, Ints, Table
+from coordinator.numbers import Flags, Floats, Ints
+from coordinator.table import Table
 from coordinator.timeline import Course, Timeline, predicted, timeline
 
 BISECTIONS = 60
@@ -59,11 +58,12 @@ class Allocation:
 
     table: Table
     own: Floats
-    rungs: tuple[int, ...]
+    rungs: Ints
     course: Course
     within_s: float
     bits: float
     found: Timeline
+    tolerance: float = ROUNDING
 
     @property
     def e2e_s(self) -> float:
@@ -87,7 +87,7 @@ class Allocation:
                 later=tuple(zip(steps, rates[1:], strict=True)),
             )
             for link, own, rung, rates in zip(
-                links, self.own.tolist(), self.rungs, self.course.rates.tolist(), strict=True
+                links, self.own.tolist(), self.rungs.tolist(), self.course.rates.tolist(), strict=True
             )
         )
 
@@ -103,15 +103,15 @@ class Shares:
     def __init__(self, scenario: Scenario, table: Table | None = None) -> None:
         self.scenario = scenario
         self.table = table or Table(scenario)
-        self._coded: dict[tuple[int, ...], tuple[Floats, Floats, Floats]] = {}
-        self._tightest = (0,) * self.table.count
+        self._coded: dict[bytes, tuple[Floats, Floats, Floats]] = {}
+        self._tightest = np.zeros(self.table.count, dtype=np.intp)
 
     @property
     def may_cache(self) -> Flags:
         """(K,) bool: which links may carry entries."""
         return self.table.may_cache
 
-    def tightest(self) -> tuple[int, ...]:
+    def tightest(self) -> Ints:
         """The tightest allowed rung of every link."""
         return self._tightest
 
@@ -119,18 +119,14 @@ class Shares:
         """Tokens that receivers prefill if these links carry their whole cache and the others none."""
         return np.where(cache & self.may_cache, 0.0, self.table.tokens)
 
-    def coded(self, rungs: tuple[int, ...]) -> tuple[Floats, Floats, Floats]:
+    def coded(self, rungs: Ints) -> tuple[Floats, Floats, Floats]:
         """(bits, encoding seconds, decoding seconds) of a token's entries, (K,) each."""
-        if rungs not in self._coded:
-            links = self.scenario.links
-            chosen: Sequence[Rung | None] = [
-                link.rungs[rung] if link.rungs else None for link, rung in zip(links, rungs, strict=True)
-            ]
-            bits = np.array([0.0 if rung is None else rung.bits_per_element for rung in chosen])
-            self._coded[rungs] = (bits * self.table.elements, *self.table.coding_s(chosen))
-        return self._coded[rungs]
+        key = rungs.tobytes()
+        if key not in self._coded:
+            self._coded[key] = self.table.ladders.coded(rungs)
+        return self._coded[key]
 
-    def rows(self, own: Floats, rungs: tuple[int, ...]) -> Rows:
+    def rows(self, own: Floats, rungs: Ints) -> Rows:
         """Bits and offsets of these choices, own (M, K)."""
         table = self.table
         token_bits, encode_token_s, decode_token_s = self.coded(rungs)
@@ -189,8 +185,13 @@ class Shares:
         fits = np.all(self.table.used(rates) <= self.table.free * (1 + ROUNDING), axis=-1)
         return rates, possible & fits
 
-    def least(self, rows: Rows, below_s: float = np.inf, limits_s: Floats | None = None) -> tuple[Ints, float] | None:
-        """The rows that can end earliest (several if they tie), and when. None if no row ends by below_s and limits."""
+    def least(
+        self, rows: Rows, below_s: float = np.inf, limits_s: Floats | None = None, *, tolerance: float = ROUNDING
+    ) -> tuple[Ints, float] | None:
+        """The rows that can end earliest (several if they tie), and when, to a tolerance as a share of it.
+
+        None if no row ends by below_s and limits.
+        """
         low = float(rows.offset_s.max(axis=(0, -1)).min())
         high = float(self._upper_s(rows).min()) if below_s == np.inf else below_s
         feasible = self.rates(rows, high, limits_s)[1]
@@ -205,7 +206,7 @@ class Shares:
         rows = rows[active]
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
-            if not low < middle < high or high - low <= ROUNDING * high:
+            if not low < middle < high or high - low <= tolerance * high:
                 break
             feasible = self.rates(rows, middle, limits_s)[1]
             if feasible.any():
@@ -222,24 +223,55 @@ class Shares:
         latest = rows.offset_s.max(axis=(0, -1))
         return np.asarray(latest + gap + 1e-9 * (latest + gap), dtype=np.float64)
 
-    def allocate(self, own: Floats, rungs: tuple[int, ...] | None = None) -> Allocation:
+    def allocate(self, own: Floats, rungs: Ints | None = None, *, tolerance: float = ROUNDING) -> Allocation:
         """Min-max rates for one choice, (K,), with what they predict. Without rungs: the tightest."""
         unlimited = np.full(self.table.count, np.inf)
-        found = self.allocate_within(own, self.tightest() if rungs is None else rungs, unlimited)
+        found = self.allocate_within(own, self.tightest() if rungs is None else rungs, unlimited, tolerance=tolerance)
         if found is None:
             raise ArithmeticError("no rates for an unlimited round: a figure of the scenario is not finite")
         return found
 
-    def allocate_within(self, own: Floats, rungs: tuple[int, ...], limits_s: Floats) -> Allocation | None:
+    def allocate_within(
+        self, own: Floats, rungs: Ints, limits_s: Floats, *, tolerance: float = ROUNDING
+    ) -> Allocation | None:
         """The same, each link's receiver done by the link's limit (K,). None if that cannot be."""
         rows = self.rows(own[None, :], rungs)
-        found = self.least(rows, limits_s=limits_s)
+        found = self.least(rows, limits_s=limits_s, tolerance=tolerance)
         if found is None:
             return None
         rates = self.fill(self.rates(rows, found[1], limits_s)[0][0])
         course = Course(own, *self.coded(rungs), rates[:, None])
         timed = timeline(self.table, course)
-        return Allocation(self.table, own, rungs, course, max(found[1], timed.e2e_s), float(rows.sent_bits[0]), timed)
+        return Allocation(
+            self.table, own, rungs, course, max(found[1], timed.e2e_s), float(rows.sent_bits[0]), timed, tolerance
+        )
+
+    def needed(self, own: Floats, rungs: Ints, limits_s: Floats) -> Floats:
+        """The least rates (K,) that end each link by its limit; infinite where none does."""
+        rows = self.rows(own[None, :], rungs)
+        gap = limits_s - rows.offset_s
+        rates = np.divide(rows.bits, gap, out=np.zeros_like(gap), where=gap > 0)
+        rates[(gap < 0) | ((gap == 0) & (rows.bits > 0))] = np.inf
+        return np.asarray(rates.max(axis=0)[0])
+
+    def holds(self, rates: Floats) -> bool:
+        """Whether every channel holds these rates, (K,)."""
+        used = self.table.used(np.where(np.isfinite(rates), rates, 0.0))
+        return bool(np.isfinite(rates).all() and np.all(used <= self.table.free * (1 + ROUNDING)))
+
+    def affordable(self, rates: Floats, wanted: Floats, who: Flags) -> tuple[Flags, Flags]:
+        """Which of `who` may go from these rates to those they want, (K,): all together in their order, each alone."""
+        table = self.table
+        now = table.shares_of_pairs(rates[table.pair_link])
+        more = np.where(np.isfinite(wanted), wanted, 0.0)[table.pair_link]
+        more = np.where(np.isfinite(wanted)[table.pair_link], table.shares_of_pairs(more) - now, np.inf)
+        more = np.where(who[table.pair_link], np.maximum(more, 0.0), 0.0)
+        left = table.free * (1 + ROUNDING) - table.used(rates)
+        alone = more <= left[table.pair_channel]
+        upto = np.cumsum(np.where(alone, more, 0.0))
+        upto -= (upto - np.where(alone, more, 0.0))[table.channel_starts][table.pair_channel]
+        together = alone & (upto <= left[table.pair_channel])
+        return who & table.all_of_pairs(together), who & table.all_of_pairs(alone)
 
     def fill(self, rates: Floats) -> Floats:
         """Gives out what is left: all rates grow alike, until a channel is full; then those that do not pass it.

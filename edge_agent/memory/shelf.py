@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from broker_config.messages import Rung
+from broker_config.messages import SLICE_TOKENS, Rung
 from edge_agent.errors import RecipeInvalid
 from edge_agent.facts import Fact
 from edge_agent.kv.cache import Cache
@@ -22,9 +22,6 @@ from edge_agent.model.manifest import Manifest
 
 Form = Cache | Shelved
 EXACT = "float32"
-MEET_SLICE_TOKENS = 64
-"""Where both ends go on until they meet, half a slice is lost at the meeting. Of SmolLM2-135M's caches such slices
-take 0.5 % more bytes and 15 % more coding than those of 128 tokens; those of 32, 1.4 % and up to 60 %."""
 ADDED_LOSS = 0.1
 """Coding again what was coded may add this share of a rung's own loss."""
 _FAR_LEVELS = 5
@@ -106,7 +103,7 @@ class Shelf:
         """
         if not meet or rung.needs_mass or rung.slice_tokens == WHOLE or kept == rung.name != EXACT:
             return rung.slice_tokens
-        return MEET_SLICE_TOKENS
+        return SLICE_TOKENS
 
     def header(
         self,

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.latency import Scenario
+from coordinator.numbers import Flags
 from coordinator.policy import POLICIES
 from coordinator.policy.fixed import CachePolicy, TokenPolicy
 from coordinator.policy.jmsra import JmsraPolicy, cache_wins, switching_rate
 from coordinator.policy.shares import Shares
-from coordinator.table import Flags
 from tests.coordinator.builders import (
     ELEMENTS_PER_TOKEN,
     LADDER,

@@ -144,7 +144,7 @@ def test_facts_are_counted_of_the_sources_that_travel_only() -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], type[CoordinatorError], str]] = [
-    ({"policy": "best"}, PolicyUnknown, "no policy is called best: choose one of jmsra, kv, token"),
+    ({"policy": "best"}, PolicyUnknown, "no policy is called best: choose one of jmsra, kv, optimum, token"),
     ({"receiver": "nobody"}, AgentUnknown, "no agent is called nobody: known are alien, bare, gone, jetson-1"),
     ({"sources": ("nobody",)}, AgentUnknown, "no agent is called nobody"),
     ({"receiver": "gone"}, AgentOffline, "gone is offline (never heard since this coordinator started)"),

@@ -24,11 +24,13 @@ def with_deadline(scenario: Scenario, deadline_s: float) -> Scenario:
 
 
 def test_every_policy_is_found_by_its_name() -> None:
-    assert {name: get_policy(name).name for name in POLICIES} == {"jmsra": "jmsra", "token": "token", "kv": "kv"}
+    assert {name: get_policy(name).name for name in POLICIES} == {
+        each: each for each in ("optimum", "jmsra", "token", "kv")
+    }
 
 
 def test_an_unknown_policy_is_refused_with_the_names_of_those_there_are() -> None:
-    with pytest.raises(PolicyUnknown, match="choose one of jmsra, kv, token"):
+    with pytest.raises(PolicyUnknown, match="choose one of jmsra, kv, optimum, token"):
         get_policy("best")
 
 
@@ -93,11 +95,11 @@ def test_a_rung_that_the_ladder_lacks_is_refused_with_the_names_of_those_it_has(
 def test_raising_rungs_stays_within_the_tie_fraction_and_never_lowers_quality(policy: str, seed: int) -> None:
     scenario = random_scenario(seed, links=1 + seed % 6, receivers=1 + seed % 2)
     shares = Shares(scenario)
-    stage_1 = shares.allocate(shares.own_of(POLICIES[policy].media(shares)))  # type: ignore[attr-defined]
+    stage_1 = POLICIES[policy].choose(shares)  # type: ignore[attr-defined]
     plan = POLICIES[policy].plan(scenario)
     assert plan.predicted_e2e_s <= stage_1.prediction.e2e_s * (1 + scenario.tie_fraction) + 1e-9
     for link, planned in zip(scenario.links, plan.links, strict=True):
-        if planned.medium == "cache":
+        if planned.medium != "tokens":
             assert planned.kl <= link.rungs[0].kl
             assert planned.rung in {rung.name for rung in link.rungs}
         else:
@@ -163,8 +165,9 @@ def test_a_plan_converts_into_reports_that_the_wire_accepts(policy: str) -> None
     for link in plan.links:
         report = link.report()
         assert msgspec.convert(msgspec.to_builtins(report), LinkReport) == report
-        assert report.own_tokens == (report.tokens if report.medium == "tokens" else 0)
-        assert report.text_bytes + 600 == report.planned_bytes or report.medium == "cache"
+        assert (report.own_tokens == report.tokens) is (report.medium == "tokens")
+        assert (report.own_tokens == 0) is (report.medium == "cache")
+        assert report.text_bytes + 600 == report.planned_bytes or report.medium != "tokens"
         assert 0 < report.share_bps <= report.link_bps * (1 + 1e-9)
 
 

@@ -11,8 +11,8 @@ from scipy.optimize import minimize
 
 from broker_config.messages import CodecSpeed
 from coordinator.latency import Decision, Scenario
+from coordinator.numbers import Flags
 from coordinator.policy.shares import Shares
-from coordinator.table import Flags
 from coordinator.timeline import evaluate
 from tests.coordinator.builders import make_link, random_scenario, scenario_of
 
@@ -124,11 +124,11 @@ def test_limits_that_cannot_be_kept_give_no_allocation_and_those_that_can_are_ke
     cache = np.array([True, True])
     free = shares.allocate(shares.own_of(cache)).prediction.request_e2e_s
     early_s = free[1] * 0.6
-    kept = shares.allocate_within(shares.own_of(cache), (0, 0), np.array([np.inf, early_s]))
+    kept = shares.allocate_within(shares.own_of(cache), shares.tightest(), np.array([np.inf, early_s]))
     assert kept is not None
     assert kept.prediction.request_e2e_s[1] <= early_s * (1 + 1e-9)
     assert kept.prediction.request_e2e_s[0] > free[0]
-    assert shares.allocate_within(shares.own_of(cache), (0, 0), np.array([np.inf, 0.1])) is None
+    assert shares.allocate_within(shares.own_of(cache), shares.tightest(), np.array([np.inf, 0.1])) is None
 
 
 def test_links_that_were_not_measured_are_left_out_of_the_sharing() -> None:
@@ -167,6 +167,6 @@ def test_speeds_by_codec_kept_rungs_and_overheads_leave_the_promise_true(seed: i
         ),
     )
     shares = Shares(scenario)
-    for rungs in (shares.tightest(), tuple(len(link.rungs) - 1 for link in scenario.links)):
+    for rungs in (shares.tightest(), shares.table.ladders.top):
         found = shares.allocate(shares.own_of(some_media(shares, seed)), rungs)
         assert found.prediction.e2e_s <= found.within_s * (1 + 1e-9)

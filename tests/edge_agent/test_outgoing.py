@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -17,7 +18,7 @@ from broker_config.transfer import Inbox
 from edge_agent.facts import summary
 from edge_agent.kv.cache import Cache
 from edge_agent.kv.payload import encode
-from edge_agent.kv.reader import decode
+from edge_agent.kv.reader import PayloadReader, decode
 from edge_agent.kv.recipe import recipe
 from edge_agent.memory import Budget, Held
 from edge_agent.model.exchange import expectation, to_send
@@ -196,6 +197,40 @@ async def test_a_tightened_cache_is_sent_as_it_is_kept(site: Site, inbox: Inbox,
     assert payload == b"".join(encode(*sent, engine.model.transform))  # the bytes that floats would have given
     assert (await site.send_outcome(order)).prefill_s == 0
     assert site.agents["pi-1"].engine.meter.speed == before_speed  # nothing was coded
+
+
+@pytest.mark.parametrize("coarser", [0, 2])
+async def test_for_a_meeting_a_tightened_cache_goes_last_slice_first(site: Site, inbox: Inbox, coarser: int) -> None:
+    context, before = held(site), cached(site)
+    level = recipe(await tightened(site)).level
+    assert level is not None
+    order = send_order(context, RECEIVER, rung=f"klt{level + coarser}", own_tokens=7, meet=True)
+    incoming = inbox.expect(order.transfer)
+    await site.order("pi-1", order)
+    payload = await incoming.payload(20)
+    engine = site.agents["pi-1"].engine
+    header, sent = to_send(
+        engine.model.manifest, context.context_id, context.ids, before, own_tokens=0, rung=recipe(order.rung)
+    )
+    as_kept = coarser == 0  # then its slices are those of the shelf
+    header = msgspec.structs.replace(header, slice_tokens=header.slice_tokens if as_kept else 64)
+    assert payload == b"".join(encode(header, sent, engine.model.transform, last_first=True))
+    assert (await site.send_outcome(order)).prefill_s == 0
+
+
+async def test_the_header_goes_before_anything_is_computed(site: Site, inbox: Inbox) -> None:
+    context, agent = held(site), site.agents["pi-1"]
+    agent.store.remove(context.name)
+    agent.store.add(context.name, context.context_id, context.ids)
+    order = send_order(context, RECEIVER, own_tokens=7)
+    incoming = inbox.expect(order.transfer)
+    reader = PayloadReader(agent.engine.expectation(1 << 30))
+    async with agent.engine.turns.turn("holder"):
+        await site.order("pi-1", order)
+        reader.feed(await anext(incoming.pieces()))
+        assert reader.header is not None
+        assert (tuple(reader.header.ids()), reader.header.own_tokens) == (context.ids, 7)
+    assert (await site.send_outcome(order)).state == "delivered"
 
 
 @pytest.mark.parametrize("rung", ["float32", "q8", "klt1", "qkvcomm-6"])

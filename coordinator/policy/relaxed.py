@@ -1,0 +1,210 @@
+"""How many tokens of cache each link must carry for a round to end by T: a linear programme, solved by sorting.
+
+Of link i's n tokens the sender's cache brings x, and the receiver prefills the others. In T, and with slices,
+
+    receiver   Σ (prefill_i·(n_i - x_i) + decode_i·x_i) fits in what it has from the ids' arrival to T
+    link       x_i is no more than sender, link and decoder can bring by T
+    channel    Σ bits_i·x_i / (alone_i·(T - offset_i)) fits in what is free of it
+
+Every token of cache spares its receiver gain_i = prefill_i - decode_i seconds and costs its channel a share, each token
+the same: receivers take them from the links where that ratio is best (fractional knapsack), and T is feasible iff all
+fits. Where links pass several shared channels, channels get prices that rise where they are too full.
+
+Asked hopefully, with everything in a link's favour (its sender works for it alone, what comes last is its shortest
+slice), no plan of constant rates ends before the least T. Otherwise it is asked with what each link's slice costs the
+others, and its answer is a plan, exact but for whole slices and the fixed part of a prefill.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from coordinator.numbers import Flags, Floats, Ints
+from coordinator.policy.shares import Shares
+from coordinator.table import WHOLE
+
+PRICINGS = 6
+TOLERANCE = 1e-4
+SEARCHES = 40
+
+
+@dataclass(frozen=True)
+class Needed:
+    """What T asks for. cached: (K,) tokens of cache; fits: whether links, receivers and channels hold it."""
+
+    cached: Floats
+    fits: bool
+
+
+class Relaxed:
+    """One scenario at one choice of rungs.
+
+    near_bps: rates (K,) near which shares of a band are taken as linear in a rate (fdma); hopefully that is by their
+    tangents, which are nowhere above them.
+    """
+
+    def __init__(self, shares: Shares, rungs: Ints, *, hopeful: bool, near_bps: Floats | None = None) -> None:
+        table = self._table = shares.table
+        self._hopeful = hopeful
+        self._bits, self._encode_s, self._decode_s = shares.coded(rungs)
+        self._tokens = np.maximum(table.tokens, 1.0)
+        self._prefill_s = table.prefill_s(table.tokens) / self._tokens
+        if hopeful:
+            self._prefill_s = self._prefill_s - table.prefill_square_s * table.tokens / 4
+        self._gain_s = self._prefill_s - self._decode_s
+        self._open: Flags = table.may_cache & (self._gain_s > 0)
+        self._streams = table.slice_tokens < WHOLE
+        self._alone: Flags = table.receivers.sums(self._open * 1.0)[table.receivers.index] == 1
+        """Links whose receivers get a cache from nobody else: for these whole slices are counted exactly."""
+        self._link_s = np.where(np.isfinite(table.most_bps), self._bits / table.most_bps, 0.0)
+        """Seconds a token of cache takes on a link that has all to itself."""
+        self._set_offsets(hopeful=hopeful)
+        rates = np.zeros(table.count) if near_bps is None else near_bps
+        self._slope, self._intercept = table.tangents(rates)
+        self._prices = np.where(table.shared, 1.0, 0.0)
+        self._simple = not table.shared.any() or bool(
+            np.bincount(table.pair_link[table.shared[table.pair_channel]], minlength=1).max() <= 1
+        )
+
+    def _set_offsets(self, *, hopeful: bool) -> None:
+        table = self._table
+        slice_ = self._slice(hopeful=hopeful)
+        start_s, after_s = table.order_s, table.back_s + table.after_s
+        tail_s = np.where(self._open, self._decode_s * slice_, 0.0)
+        if not hopeful:
+            start_s = start_s + table.before_at_sender(
+                np.where(self._open, table.produce_s(table.tokens) + self._encode_s * table.tokens, 0.0)
+            )
+            tail_s = table.receivers.sums(tail_s)[table.receivers.index]
+        begin_s = start_s + table.produce_s(slice_) + self._encode_s * slice_
+        self._set_production(start_s + self._encode_s * slice_ + tail_s + after_s, slice_, hopeful=hopeful)
+        self._made_s = start_s + table.produce_s(table.tokens) + self._link_s * slice_ + tail_s + after_s
+        ids_s = table.order_s + after_s + table.text_token_s * slice_
+        ids_s = ids_s + np.where(np.isfinite(table.most_bps), table.head_bits / table.most_bps, 0.0)
+        first_s = np.where(self._open, begin_s + self._link_s * slice_ + after_s, np.inf)
+        self._ids_s = self._earliest(ids_s) if hopeful else -self._earliest(-ids_s)
+        self._first_s = self._earliest(first_s)
+
+    def _set_production(self, others_s: Floats, slice_: Floats, *, hopeful: bool) -> None:
+        """A cache that is still to be made can be sent from its first slice on: the more of it, the earlier."""
+        table = self._table
+        if not self._streams:
+            self._offset_s, self._earlier_s = others_s + table.produce_s(table.tokens), np.zeros(table.count)
+            return
+        behind = slice_ - min(table.slice_tokens, 1e9) if hopeful else slice_
+        made_s = np.where(table.cached, 0.0, table.produce_fixed_s + table.produce_token_s * (table.tokens + behind))
+        self._earlier_s = table.produce_token_s
+        self._offset_s = others_s + made_s
+
+    def _slice(self, *, hopeful: bool) -> Floats:
+        """Tokens of the slice that must be made, sent and decoded while nothing else can be; without slices none."""
+        if not self._streams:
+            return np.zeros(self._table.count)
+        size = self._table.slice_tokens
+        last = self._tokens - (np.ceil(self._tokens / size) - 1) * size
+        return np.asarray(last if hopeful else np.minimum(self._tokens, size))
+
+    def _earliest(self, by_link: Floats) -> Floats:
+        found = np.full(self._table.receivers.count, np.inf)
+        np.minimum.at(found, self._table.receivers.index, by_link)
+        return found
+
+    def least_s(self, low_s: float, high_s: float, limits_s: Floats | None = None) -> float:
+        """The least T in [low_s, high_s] that fits, within TOLERANCE; high_s if none does."""
+        for _ in range(SEARCHES):
+            if high_s - low_s <= TOLERANCE * high_s:
+                break
+            middle_s = (low_s + high_s) / 2
+            if self.needed(middle_s, limits_s).fits:
+                high_s = middle_s
+            else:
+                low_s = middle_s
+        return high_s
+
+    def most_infeasible_s(self, high_s: float) -> float:
+        """A T close to the least that fits, of which it is certain that nothing ends by it."""
+        low_s = 0.0
+        for _ in range(SEARCHES):
+            if high_s - low_s <= TOLERANCE * high_s:
+                break
+            middle_s = (low_s + high_s) / 2
+            if self.needed(middle_s).fits:
+                high_s = middle_s
+            else:
+                low_s = middle_s
+        return low_s
+
+    def needed(self, within_s: float, limits_s: Floats | None = None) -> Needed:
+        """The cheapest tokens of cache with which all end by within_s, (K,) each by its limit."""
+        table = self._table
+        ends_s = np.full(table.count, within_s) if limits_s is None else np.minimum(within_s, limits_s)
+        ends_by_s = self._earliest(ends_s)
+        wanted_s = table.receivers.sums(self._prefill_s * table.tokens) + self._ids_s - ends_by_s
+        window_s = ends_s - self._offset_s
+        most = np.where(self._open, np.clip(self._most(ends_s, window_s), 0.0, table.tokens), 0.0)
+        if np.any(table.receivers.sums(self._gain_s * most) < wanted_s * (1 - 1e-12)):
+            return Needed(most, fits=False)
+        per_token_s = self._earlier_s - (0.0 if self._hopeful else self._slowly_s() / 2)
+        share_s = self._bits / np.maximum(window_s + per_token_s * most, 1e-12)
+        cached = most
+        for _ in range(PRICINGS):
+            cached = self._cheapest(wanted_s, most, self._costs(share_s))
+            cached = np.where(self._alone, table.sent_tokens(np.maximum(table.tokens - cached, 0.0)), cached)
+            if np.any(cached > most * (1 + 1e-9)):
+                return Needed(cached, fits=False)
+            decoding_s = table.receivers.sums(self._decode_s * cached)
+            if np.any(decoding_s > np.maximum(ends_by_s - self._first_s, 0.0) + 1e-12):
+                return Needed(cached, fits=False)
+            used = self._hoped(cached * share_s) if self._hopeful else table.used(self._rates(cached, window_s))
+            over = used / np.maximum(table.free, 1e-12)
+            if over.size == 0 or over.max() <= 1 + 1e-9:
+                return Needed(cached, fits=True)
+            if self._simple or np.vdot(self._prices, used) > np.vdot(self._prices, table.free) * (1 + 1e-9):
+                return Needed(cached, fits=False)
+            self._prices = self._prices * np.clip(over, 0.25, 4.0)
+        return Needed(cached, fits=False)
+
+    def _slowly_s(self) -> Floats:
+        """Seconds a token that encoding and decoding take while nothing is sent: none with slices."""
+        return np.zeros(self._table.count) if self._streams else self._encode_s + self._decode_s
+
+    def _most(self, ends_s: Floats, window_s: Floats) -> Floats:
+        """Tokens of cache that each link can bring if it has all that is free to itself."""
+        takes_s = self._link_s + self._slowly_s() - self._earlier_s
+        most = np.divide(window_s, takes_s, out=np.full_like(window_s, np.inf), where=takes_s > 0)
+        most = np.where((window_s > 0) | (takes_s < 0), most, 0.0)
+        if not self._streams:
+            return most
+        made_s = ends_s - self._made_s
+        coded = np.divide(made_s, self._encode_s, out=np.full_like(made_s, np.inf), where=self._encode_s > 0)
+        return np.where(made_s >= 0, np.minimum(most, coded), 0.0)
+
+    def _rates(self, cached: Floats, window_s: Floats) -> Floats:
+        left_s = window_s + (self._earlier_s - self._slowly_s()) * cached
+        bits = np.where(self._open, cached * self._bits, 0.0)
+        return np.divide(bits, left_s, out=np.zeros_like(bits), where=(bits > 0) & (left_s > 0))
+
+    def _hoped(self, rates: Floats) -> Floats:
+        """What of each channel these rates take at least."""
+        table = self._table
+        shares = self._intercept + self._slope * rates[table.pair_link]
+        return np.asarray(np.bincount(table.pair_channel, weights=shares, minlength=len(table.free)), dtype=np.float64)
+
+    def _costs(self, share_s: Floats) -> Floats:
+        """What a token of cache costs each link at the channels' prices."""
+        table = self._table
+        costs = share_s[table.pair_link] * self._slope * self._prices[table.pair_channel]
+        return np.asarray(np.bincount(table.pair_link, weights=costs, minlength=table.count), dtype=np.float64)
+
+    def _cheapest(self, wanted_s: Floats, most: Floats, costs: Floats) -> Floats:
+        """Of each receiver the tokens that spare it so many seconds at the least cost, the last one in part."""
+        receivers = self._table.receivers
+        gains_s = self._gain_s * most
+        ratio = np.divide(costs, self._gain_s, out=np.full_like(costs, np.inf), where=self._open)
+        order = np.lexsort((ratio, receivers.index))
+        still_s = wanted_s[receivers.index] - receivers.before(gains_s, order)
+        taken_s = np.clip(still_s, 0.0, np.maximum(gains_s, 0.0))
+        sparing = self._open & (taken_s > 0)
+        return np.asarray(np.divide(taken_s, self._gain_s, out=np.zeros_like(taken_s), where=sparing))
