@@ -24,7 +24,8 @@ from edge_agent.engine import Engine
 from edge_agent.errors import AgentError, RecipeInvalid
 from edge_agent.flow import Flow
 from edge_agent.kv.cache import Cache
-from edge_agent.kv.payload import Header, PayloadWriter, slice_entries
+from edge_agent.kv.header import Header
+from edge_agent.kv.payload import PayloadWriter, slice_entries
 from edge_agent.kv.recipe import Recipe, recipe
 from edge_agent.link_quality import LinkMeter
 from edge_agent.memory import ContextStore, Form, Held
@@ -89,7 +90,7 @@ class Outgoing:
         finally:
             del self._jobs[order.transfer]
         await self._report(job, state, reason, sent)
-        await self._keep(job)
+        await job.finish()
 
     def pace(self, order: PaceOrder) -> None:
         """Other rates for a transfer that is under way."""
@@ -172,9 +173,14 @@ class Outgoing:
                 async for body in bodies:
                     yield body
             return
-        job.held = held
         job.stream = Stream(
-            self._engine, held.ids, order.request, header, own_tokens=order.own_tokens, last_first=job.meet
+            self._engine,
+            held.ids,
+            order.request,
+            header,
+            own_tokens=order.own_tokens,
+            last_first=job.meet,
+            on_whole=partial(self._store.keep, held),
         )
         while (ready := await job.stream.next()) is not None:
             yield await job.timed(partial(shelf.body, header, *ready))
@@ -208,15 +214,6 @@ class Outgoing:
         last = job.made(writer.trailer())
         flow.made(job.payload_bytes, all_of_it=True)
         yield last
-
-    async def _keep(self, job: _Job) -> None:
-        """What was begun to be computed is computed to its end, which the next order has use for."""
-        try:
-            cache = await job.stream.finish() if job.stream else None
-            if job.held is not None and cache is not None:
-                self._store.keep(job.held, cache)
-        finally:
-            await job.close()
 
     async def _cancelled(self, job: _Job) -> None:
         reason = "cancelled by order"
@@ -269,7 +266,6 @@ class _Job:
         self.coded_entries = 0
         self.prefill_s = 0.0
         self.encode_s = 0.0
-        self.held: Held | None = None
         self.stream: Stream | None = None
 
     def made(self, piece: bytes) -> bytes:
@@ -287,6 +283,14 @@ class _Job:
         result, seconds = await asyncio.to_thread(run)
         self.encode_s += seconds
         return result
+
+    async def finish(self) -> None:
+        """What was begun to be computed is computed to its end, which the next order has use for."""
+        try:
+            if self.stream is not None:
+                await self.stream.finish()
+        finally:
+            await self.close()
 
     async def close(self) -> None:
         """Compute no further."""

@@ -30,7 +30,7 @@ from edge_agent.engine import Engine
 from edge_agent.errors import AgentError, ContextUnknown, PartFailed, PayloadRejected
 from edge_agent.facts import Fact
 from edge_agent.kv.cache import Cache
-from edge_agent.kv.payload import Header
+from edge_agent.kv.header import Header
 from edge_agent.kv.reader import PayloadReader
 from edge_agent.link_quality import LinkMeter
 from edge_agent.meeting import Bid, Meeting

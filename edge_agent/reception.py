@@ -12,7 +12,7 @@ from broker_config.transfer import Incoming
 from edge_agent.errors import AgentError, PayloadRejected
 from edge_agent.flow import Flow
 from edge_agent.kv.cache import Cache
-from edge_agent.kv.payload import Header
+from edge_agent.kv.header import Header
 from edge_agent.kv.reader import PayloadReader
 from edge_agent.link_quality import LinkMeter
 

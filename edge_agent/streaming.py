@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 
 from edge_agent.engine import Engine
 from edge_agent.kv.cache import Cache
-from edge_agent.kv.payload import Header
+from edge_agent.kv.header import Header
 
 
 class Stream:
@@ -16,13 +16,23 @@ class Stream:
 
     header: of that payload. last_first: of the slices that are there the highest goes first, before the context is
     complete only of those at or above own_tokens, which the receiver does not compute itself; else the lowest.
+    on_whole is called with the whole cache, once it is there.
     A slice that was given out is held no longer than until the whole cache is there.
     """
 
     def __init__(
-        self, engine: Engine, ids: Sequence[int], asker: str, header: Header, *, own_tokens: int, last_first: bool
+        self,
+        engine: Engine,
+        ids: Sequence[int],
+        asker: str,
+        header: Header,
+        *,
+        own_tokens: int,
+        last_first: bool,
+        on_whole: Callable[[Cache], None] | None = None,
     ) -> None:
         self.prefill_s = 0.0
+        self._on_whole = on_whole
         self._engine, self._ids, self._asker, self._header = engine, list(ids), asker, header
         self._pick = max if last_first else min
         self._from = max(0, own_tokens - header.own_tokens)
@@ -87,6 +97,8 @@ class Stream:
         whole.check()
         self._ready.clear()
         self._whole = whole
+        if self._on_whole is not None:
+            self._on_whole(whole)
 
     def _stop(self, start: int) -> int:
         """The token before which a slice ends."""

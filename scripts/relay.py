@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from edge_agent.facts import Fact
 from edge_agent.kv.cache import Cache, Float32
-from edge_agent.kv.payload import Header, encode
+from edge_agent.kv.header import Header
+from edge_agent.kv.payload import encode
 from edge_agent.kv.reader import decode
 from edge_agent.kv.recipe import Recipe
 from edge_agent.model.exchange import expectation, to_send

@@ -13,7 +13,7 @@ import msgspec
 
 from edge_agent.errors import PayloadRejected, WrongModel
 from edge_agent.kv.cache import Cache, Int32, concatenate
-from edge_agent.kv.payload import (
+from edge_agent.kv.header import (
     DIGEST_BYTES,
     FINAL_DIGEST_BYTES,
     FORMAT_VERSION,
@@ -24,8 +24,8 @@ from edge_agent.kv.payload import (
     TRAILER_MARK,
     Header,
     Shape,
-    decode_slice,
 )
+from edge_agent.kv.payload import decode_slice
 from edge_agent.kv.transform import Transform
 
 VOCABULARY_LIMIT = 2**24

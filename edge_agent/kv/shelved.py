@@ -10,7 +10,8 @@ import msgspec
 from edge_agent.errors import PayloadRejected, RecipeInvalid
 from edge_agent.kv import coded
 from edge_agent.kv.cache import Cache, concatenate
-from edge_agent.kv.payload import PLACE_BYTES, Header, decode_slice, in_order, pieces, slice_bodies, slice_place
+from edge_agent.kv.header import PLACE_BYTES, Header
+from edge_agent.kv.payload import decode_slice, in_order, pieces, slice_bodies, slice_place
 from edge_agent.kv.reader import BodyReader, Expectation
 from edge_agent.kv.recipe import Recipe, recipe
 from edge_agent.kv.transform import Transform

@@ -13,7 +13,8 @@ from broker_config.messages import SLICE_TOKENS, Rung
 from edge_agent.errors import RecipeInvalid
 from edge_agent.facts import Fact
 from edge_agent.kv.cache import Cache
-from edge_agent.kv.payload import Header, slice_bodies, slice_body
+from edge_agent.kv.header import Header
+from edge_agent.kv.payload import slice_bodies, slice_body
 from edge_agent.kv.recipe import WHOLE, Layout, Recipe, recipe
 from edge_agent.kv.shelved import Shelved, bodies_for, nests, shelve, taken_down, tightened
 from edge_agent.kv.transform import Transform

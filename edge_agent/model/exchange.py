@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from edge_agent.errors import CacheInvalid, RecipeInvalid
 from edge_agent.facts.fact import Fact
 from edge_agent.kv.cache import Cache
-from edge_agent.kv.payload import Header, Kept, Shape, kept_of, pack_ids
+from edge_agent.kv.header import Header, Kept, Shape, kept_of, pack_ids
 from edge_agent.kv.reader import Expectation
 from edge_agent.kv.recipe import Layout, Recipe
 from edge_agent.kv.transform import Transform

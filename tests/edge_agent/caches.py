@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from edge_agent.kv.cache import Cache, Layer
 from edge_agent.kv.eviction import taken
-from edge_agent.kv.payload import Header, Shape, kept_of, pack_ids
+from edge_agent.kv.header import Header, Shape, kept_of, pack_ids
 from edge_agent.kv.profile import Profile
 from edge_agent.kv.reader import Expectation
 from edge_agent.kv.recipe import Recipe

@@ -17,7 +17,8 @@ from broker_config.errors import TransferError
 from broker_config.messages import AnswerOrder, AnswerOutcome, Part, SendOutcome, TextReply, TextRequest, new_id
 from broker_config.transfer import send
 from edge_agent.kv.cache import Cache
-from edge_agent.kv.payload import FORMAT_VERSION, Header, Shape, encode
+from edge_agent.kv.header import FORMAT_VERSION, Header, Shape
+from edge_agent.kv.payload import encode
 from edge_agent.kv.recipe import recipe
 from edge_agent.memory import Held
 from edge_agent.model.exchange import to_send

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from edge_agent.errors import CacheInvalid, PayloadRejected, RecipeInvalid, WrongModel
 from edge_agent.facts import Fact
 from edge_agent.kv.cache import Cache, Layer, concatenate
-from edge_agent.kv.payload import FORMAT_VERSION, MAGIC, encode
+from edge_agent.kv.header import FORMAT_VERSION, MAGIC
+from edge_agent.kv.payload import encode
 from edge_agent.kv.reader import PayloadReader, decode
 from edge_agent.kv.recipe import recipe
 from tests.edge_agent.caches import (

@@ -26,7 +26,8 @@ from broker_config.messages import (
     new_id,
 )
 from broker_config.transfer import Inbox
-from edge_agent.kv.payload import Header, encode
+from edge_agent.kv.header import Header
+from edge_agent.kv.payload import encode
 from edge_agent.kv.reader import PayloadReader
 from edge_agent.kv.recipe import recipe
 from edge_agent.memory import Held

@@ -12,7 +12,7 @@ import pytest
 from edge_agent.engine import Engine
 from edge_agent.errors import CacheInvalid, ModelFailed
 from edge_agent.kv.cache import Cache, concatenate
-from edge_agent.kv.payload import Header
+from edge_agent.kv.header import Header
 from edge_agent.kv.recipe import Layout, recipe
 from edge_agent.model.exchange import payload_header
 from edge_agent.model.session import LiveContext, Model
