@@ -168,11 +168,14 @@ def nothing(policy: str) -> Plan:
 
 def describe(policy: StagedPolicy, scenario: Scenario, allocation: Allocation, *, bound_s: float | None = None) -> Plan:
     """An allocation as a plan."""
-    prediction = allocation.prediction
+    prediction, decisions = allocation.prediction, allocation.decisions
     links = [
         _link_plan(scenario, index, decision, prediction, meets=policy.meets)
-        for index, decision in enumerate(allocation.decisions)
+        for index, decision in enumerate(decisions)
     ]
+    by_request: list[list[LinkPlan]] = [[] for _ in scenario.requests]
+    for link, plan in zip(scenario.links, links, strict=True):
+        by_request[link.request].append(plan)
     requests = tuple(
         RequestPlan(
             request=terms.request,
@@ -181,8 +184,8 @@ def describe(policy: StagedPolicy, scenario: Scenario, allocation: Allocation, *
             predicted_question_s=prediction.question_s[index],
             deadline_s=terms.deadline_s,
             late_s=max(0.0, prediction.request_e2e_s[index] - terms.deadline_s) if terms.deadline_s else 0.0,
-            known=all(link.known for link in scenario.links if link.request == index),
-            links=tuple(plan for plan, link in zip(links, scenario.links, strict=True) if link.request == index),
+            known=all(plan.known for plan in by_request[index]),
+            links=tuple(by_request[index]),
         )
         for index, terms in enumerate(scenario.requests)
     )
