@@ -16,10 +16,10 @@ from edge_agent.precedence import Seat
 LEAST_TOKENS = 16
 """Fewer are not computed where a slice is due: a run has a price of its own, whatever it computes."""
 PATIENCE_S = 0.5
-"""So long a cache that was expected to win is waited for before anything of it has come."""
+"""So long what was planned to come is waited for."""
 UNMEASURED_TPS = 100.0
 DELAYED = 0.3
-"""A transfer that will be later than planned by this share of the time it was to take is not as planned."""
+"""A transfer that will be later than planned by this share of the time it was to take, and by PATIENCE_S, is late."""
 LOOKS_S = 0.02
 """Of a transfer that is waited for, so often at most it is looked whether it is late."""
 
@@ -169,7 +169,8 @@ class Meeting:
             return now_s <= self._bid.due_s + PATIENCE_S
         comes_s = gap / max(come_tps, 1e-9)
         soon = comes_s <= self._engine.model.prefill_chunk / self._own_tps()
-        return soon or now_s + comes_s <= self._bid.due_s + DELAYED * (self._bid.due_s - self._began_s)
+        slack_s = max(PATIENCE_S, DELAYED * (self._bid.due_s - self._began_s))
+        return soon or now_s + comes_s <= self._bid.due_s + slack_s
 
     def _unknown(self) -> bool:
         """Whether nothing says yet how fast a cache comes that was expected to win."""
