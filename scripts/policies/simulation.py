@@ -37,7 +37,7 @@ class Row(Struct, frozen=True, kw_only=True):
     """Ratios of E2E of one group of rounds; split: share of rounds in which optimum splits a link.
 
     gap: optimum's E2E over the bound's, less one. Named by what is compared: streaming or whole, first ours, then the
-    best binary.
+    best binary. binary: the best binary with slices over that without.
     """
 
     group: str
@@ -45,6 +45,7 @@ class Row(Struct, frozen=True, kw_only=True):
     streaming_to_whole: Mean
     streaming_to_streaming: Mean
     whole_to_whole: Mean
+    binary: Mean
     jmsra_streaming: Mean
     jmsra_whole: Mean
     split_streaming: float
@@ -102,6 +103,7 @@ def _row(group: str, rounds: Sequence[Round]) -> Row:
         streaming_to_whole=mean(ratios(rounds, "streaming", "whole")),
         streaming_to_streaming=mean(ratios(rounds, "streaming", "streaming")),
         whole_to_whole=mean(ratios(rounds, "whole", "whole")),
+        binary=mean([_binary(found) / _binary(other) for found, other in both]),
         jmsra_streaming=mean([found.jmsra / _binary(found) for found, _ in both]),
         jmsra_whole=mean([found.jmsra / _binary(found) for _, found in both]),
         split_streaming=float(np.mean([found.splits > 0 for found, _ in both])),

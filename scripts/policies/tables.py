@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 from scripts.policies.findings import Curve, Findings
 from scripts.policies.profiles import profiles
 from scripts.policies.regions import MEDIA, Regions, Span
 from scripts.policies.scale import STAGES, Timed
-from scripts.policies.simulation import Mean, Simulation
+from scripts.policies.simulation import Mean, Row, Simulation
 
 _NAMES = {
     "compute": "receiver's compute",
@@ -105,42 +105,48 @@ def regions_lines(found: Regions) -> list[str]:
 def _ranges(span: Span) -> str:
     parts = []
     for medium, group in groupby(zip(span.media, span.rates_mbps, strict=True), key=lambda pair: pair[0]):
-        rates = [rate for _, rate in group]
-        parts.append(f"{medium} {rates[0]:.2g}" if len(rates) == 1 else f"{medium} {rates[0]:.2g}-{rates[-1]:.3g}")
+        rates = [_mbps(rate) for _, rate in group]
+        parts.append(f"{medium} {rates[0]}" if len(rates) == 1 else f"{medium} {rates[0]}-{rates[-1]}")
     return ", ".join(parts)
 
 
+def _mbps(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
 def simulation_lines(found: Simulation) -> list[str]:
-    """Ratios by network."""
+    """A column a network."""
+    columns: tuple[tuple[str, Callable[[Row], str]], ...] = (
+        ("optimum streaming ÷ best binary", lambda row: _mean(row.streaming_to_whole)),
+        ("optimum ÷ best binary", lambda row: _mean(row.whole_to_whole)),
+        ("optimum streaming ÷ best binary streaming", lambda row: _mean(row.streaming_to_streaming)),
+        ("best binary streaming ÷ best binary", lambda row: _mean(row.binary)),
+        ("jmsra ÷ best binary, mean (most)", lambda row: _most(row.jmsra_whole)),
+        ("the same, both streaming", lambda row: _most(row.jmsra_streaming)),
+        ("rounds with a split", lambda row: f"{100 * row.split_whole:.0f} %"),
+        ("the same, streaming", lambda row: f"{100 * row.split_streaming:.0f} %"),
+        ("optimum above the bound, mean (most)", lambda row: _percent(row.gap_whole)),
+        ("the same, both streaming", lambda row: _percent(row.gap_streaming)),
+    )
     return [
-        (
-            f"{len(found.rounds)} random rounds; means of ratios of E2E with 95 % intervals (least-most); "
-            "gap is E2E over the lower bound, less one\n"
-        ),
-        (
-            "| rounds | optimum streaming ÷ best binary | optimum ÷ best binary | "
-            "optimum streaming ÷ best binary streaming | jmsra ÷ best binary | "
-            "jmsra streaming ÷ best binary streaming | "
-            "rounds with a split, without / with streaming | gap, without / with streaming |"
-        ),
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
-        *(
-            f"| {_GROUPS[row.group]} ({row.rounds}) | {_mean(row.streaming_to_whole)} | {_mean(row.whole_to_whole)} | "
-            f"{_mean(row.streaming_to_streaming)} | {_most(row.jmsra_whole)} | {_most(row.jmsra_streaming)} | "
-            f"{100 * row.split_whole:.0f} % / {100 * row.split_streaming:.0f} % | "
-            f"{100 * row.gap_whole.mean:.1f} % / {100 * row.gap_streaming.mean:.1f} % |"
-            for row in found.rows
-        ),
+        f"{len(found.rounds)} random rounds; means of ratios of E2E, 95 % intervals by bootstrap, least-most\n",
+        f"| | {' | '.join(f'{_GROUPS[row.group]}, {row.rounds}' for row in found.rows)} |",
+        "|---|" + "--:|" * len(found.rows),
+        *(f"| {title} | {' | '.join(show(row) for row in found.rows)} |" for title, show in columns),
         "",
     ]
 
 
 def _mean(found: Mean) -> str:
-    return f"{found.mean:.2f}, {found.low:.2f} to {found.high:.2f} ({found.least:.2f}-{found.most:.2f})"
+    return f"{found.mean:.2f} ({found.low:.2f}-{found.high:.2f}), {found.least:.2f}-{found.most:.2f}"
 
 
 def _most(found: Mean) -> str:
-    return f"{found.mean:.3f} (most {found.most:.2f})"
+    return f"{found.mean:.3f} ({found.most:.2f})"
+
+
+def _percent(found: Mean) -> str:
+    return f"{100 * found.mean:.1f} % ({100 * found.most:.0f} %)"
 
 
 def scale_lines(found: Sequence[Timed]) -> list[str]:
