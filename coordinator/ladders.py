@@ -66,12 +66,18 @@ class Ladders:
 
     def _per_element(self, speeds: Sequence[Speed | None], *, encoding: bool) -> Floats:
         """Seconds an element by link and family, (K, families + 1); nothing for no rung at all."""
-        takes = encode_s if encoding else decode_s
-        known: dict[int, list[float]] = {}
+        takes, families = encode_s if encoding else decode_s, len(self._examples)
+        places: dict[int, int] = {}
+        rows: list[list[float]] = []
         for speed in speeds:
-            if id(speed) not in known:
-                known[id(speed)] = [takes(speed, MANY, name) / MANY for name in self._examples] + [0.0]
-        return _table([known[id(speed)] for speed in speeds], len(self._examples) + 1)
+            if id(speed) in places:
+                continue
+            places[id(speed)] = len(rows)
+            if speed is not None and speed.codecs:
+                rows.append([takes(speed, MANY, name) / MANY for name in self._examples] + [0.0])
+            else:
+                rows.append([takes(speed, MANY) / MANY] * families + [0.0])
+        return _table(rows, families + 1)[[places[id(speed)] for speed in speeds]]
 
 
 MANY = 1 << 20

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 import msgspec
 
-from broker_config.messages import Ask, ContextInfo, ModelInfo
+from broker_config.messages import SLICE_TOKENS, Ask, ContextInfo, ModelInfo
 from broker_config.messages.base import COORDINATOR
 from coordinator.drift import Rule
 from coordinator.errors import RequestImpossible
@@ -64,6 +64,7 @@ def plan_round(
             now_s,
             caps=PressureCaps(settings.planning.pressure_caps),
             tie_fraction=settings.planning.tie_fraction,
+            slice_tokens=SLICE_TOKENS,
             expiry_s=expiry_s,
             link_factors=factors,
             overheads_s=overheads_s,

@@ -155,10 +155,12 @@ class Round:
                     receiver=self.ask.receiver,
                     own_tokens=source.own_tokens,
                     rung=source.rung,
+                    meet=source.meet,
                     facts_tokens=self.ask.facts_tokens,
                     expires_s=expires_s,
                     chunk_bytes=SMALL_CHUNK_BYTES if source.link_bps < SLOW_LINK_BPS else LARGE_CHUNK_BYTES,
                     rate_bps=source.share_bps if self.paced(source) else None,
+                    later_rates=source.later_rates if self.paced(source) else (),
                 ),
             )
             for source, transfer in zip(self.sources, self.transfers, strict=True)
@@ -178,7 +180,7 @@ class Round:
         )
 
     def part_timeout_s(self) -> float:
-        """How long a part may take before its text is fetched instead."""
+        """How long a part may take before its receiver computes it, or fetches its text, instead."""
         if any(not link.known for link in self.links):
             return UNMEASURED_PART_TIMEOUT_S
         latest_s = max((link.arrive_s for link in self.links), default=0.0)
@@ -282,19 +284,22 @@ class Round:
             context_id=source.context_id,
             tokens=source.tokens,
             own_tokens=source.own_tokens,
+            meet=source.meet,
             rung=source.rung,
             text_holders=tuple(self.holders.get(source.context_id, ())),
         )
 
     def paced(self, link: LinkPlan) -> bool:
         """Whether others use a channel of this link. One that has all to itself is not slowed to what was measured."""
-        return link.share_bps > 0 and (len(self.links) > 1 or link.share_bps < ALONE_SHARE * link.link_bps)
+        shared = len(self.links) > 1 or bool(link.later_rates)
+        return link.share_bps > 0 and (shared or link.share_bps < ALONE_SHARE * link.link_bps)
 
 
 def _revised(link: LinkPlan, share_bps: float) -> LinkPlan:
     """The same with another share, and a note of the last one."""
     kept = [note for note in link.note.split("; ") if note and not note.startswith(REVISED)]
-    return replace(link, share_bps=share_bps, note="; ".join([*kept, f"{REVISED} {share_bps / 1e6:.1f} Mbit/s"]))
+    note = "; ".join([*kept, f"{REVISED} {share_bps / 1e6:.1f} Mbit/s"])
+    return replace(link, share_bps=share_bps, later_rates=(), note=note)
 
 
 def _link_report(
@@ -319,6 +324,7 @@ def _link_report(
         ),
         payload_bytes=part.payload_bytes if part else None,
         wire_bytes=send.wire_bytes if send else None,
+        computed_tokens=part.own_tokens if part else None,
         fallback=part.fallback if part else "",
         note="; ".join([report.note] * bool(report.note) + list(failures))[:1024],
     )

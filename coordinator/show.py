@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from rich.markup import escape
 from rich.table import Table
 
-from broker_config.messages import ContextInfo, LinkReport, PredictionError, RoundReport, Stages
+from broker_config.messages import FROM_IDS, ContextInfo, LinkReport, PredictionError, RoundReport, Stages
 from coordinator.fleet import Fleet
 
 STAGE_NAMES = {
@@ -76,7 +76,8 @@ def outcome_lines(report: RoundReport) -> Iterator[str]:
         yield (
             f"{link.sender}:{link.context}: {size(wire or 0)} on the wire (fp16 cache {size(link.fp16_bytes)}, "
             f"text {size(link.text_bytes)}); predicted/measured {stages(link.predicted, link.measured)}"
-            + (f"; FALLBACK to text from {link.fallback}" if link.fallback else "")
+            + (f"; {computed}" if (computed := _computed(link)) else "")
+            + (f"; {_fallback(link.fallback)}" if link.fallback else "")
             + (f"; {link.note}" if link.note else "")
         )
     question = f"question {report.predicted_question_s:.2f}/{seconds(report.question_s)}"
@@ -98,6 +99,17 @@ def error_lines(errors: Iterable[PredictionError]) -> Iterator[str]:
             f"{error.policy}: E2E predicted within {error.median_error:.0%} (median of the last {rounds}, "
             f"predicted less measured {error.median_bias:+.0%})"
         )
+
+
+def _computed(link: LinkReport) -> str:
+    """Tokens that the receiver was to compute, and did, where these differ."""
+    if link.computed_tokens in {None, link.own_tokens}:
+        return ""
+    return f"computed by the receiver {link.own_tokens}/{link.computed_tokens} tokens"
+
+
+def _fallback(fallback: str) -> str:
+    return "FALLBACK to its token ids" if fallback == FROM_IDS else f"FALLBACK to text from {fallback}"
 
 
 def _kept(context: ContextInfo) -> str:

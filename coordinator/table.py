@@ -100,13 +100,11 @@ class Table:
 
     def _set_compute(self, links: Sequence[Link]) -> None:
         """fixed, per token and per token² seconds of prefill at the receiver; what the sender takes to produce."""
-        terms: dict[int, tuple[float, ...]] = {}
-        for link in links:
-            for speed in (link.sender_speed, link.receiver_speed):
-                if id(speed) not in terms:
-                    terms[id(speed)] = (*_prefill_terms(speed), usable(speed))
-        received = np.array([terms[id(link.receiver_speed)] for link in links]).reshape(-1, 5)
-        sent = np.array([terms[id(link.sender_speed)] for link in links]).reshape(-1, 5)
+        speeds = {id(speed): speed for link in links for speed in (link.sender_speed, link.receiver_speed)}
+        places = {key: place for place, key in enumerate(speeds)}
+        terms = np.array([_prefill_terms(speed) for speed in speeds.values()], dtype=np.float64).reshape(-1, 5)
+        received = terms[[places[id(link.receiver_speed)] for link in links]]
+        sent = terms[[places[id(link.sender_speed)] for link in links]]
         self.prefill_fixed_s, self.prefill_token_s, self.prefill_square_s = received.T[:3]
         self._usable: Flags = (received[:, 4] > 0) & (sent[:, 4] > 0)
         produces = ~self.cached
@@ -291,9 +289,9 @@ def rates_of_shares(shares: Floats, snr: Floats) -> Floats:
     return np.where((snr > 0) & (shares > 0), some * np.log1p(waves / some) / np.log1p(waves), shares)
 
 
-def _prefill_terms(speed: Speed | None) -> tuple[float, float, float, float]:
-    """(fixed, per token, per token²) seconds of prefill, and seconds to generate a token; all 0 if not measured."""
+def _prefill_terms(speed: Speed | None) -> tuple[float, ...]:
+    """(fixed, per token, per token²) seconds of prefill, seconds to generate a token, and 1 if usable; else all 0."""
     if speed is None or speed.prefill_tps <= 0:
-        return 0.0, 0.0, 0.0, 0.0
+        return 0.0, 0.0, 0.0, 0.0, 0.0
     generate_s = 1 / speed.decode_tps if speed.decode_tps > 0 else 0.0
-    return speed.prefill_fixed_s, 1 / speed.prefill_tps, speed.prefill_s_per_token2, generate_s
+    return speed.prefill_fixed_s, 1 / speed.prefill_tps, speed.prefill_s_per_token2, generate_s, float(usable(speed))

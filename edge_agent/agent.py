@@ -18,6 +18,7 @@ from broker_config.messages import (
     ContextReply,
     ListContexts,
     Order,
+    PaceOrder,
     Presence,
     RemoveContext,
     SendOrder,
@@ -142,6 +143,8 @@ class Agent:
                 self._tasks.start(order.request, f"send {order.transfer}", self._outgoing.carry_out(order))
             case AnswerOrder():
                 self._tasks.start(order.request, f"answer {order.request}", self._answering.carry_out(order))
+            case PaceOrder():
+                self._outgoing.pace(order)
             case CancelOrder():
                 log.info("cancel %s: %d tasks; %s", order.request, self._tasks.cancel(order.request), order.reason)
             case TextReply():

@@ -18,6 +18,7 @@ from edge_agent.engine import Engine
 from edge_agent.errors import AgentError, ContextTooLong
 from edge_agent.facts import merged, summary
 from edge_agent.parts import Parts, Progress
+from edge_agent.precedence import Precedence
 from edge_agent.tasks import gather_or_cancel, last_words
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,11 @@ class Answering:
         question_ids = self._engine.text.question_ids(order.question)
         self._check_room(order, len(question_ids))
         answer.progress = [Progress(part) for part in order.parts]
-        fetched = await gather_or_cancel([self._parts.fetch(order, progress) for progress in answer.progress])
+        precedence = Precedence()
+        seats = [precedence.seat() for _ in order.parts]
+        fetched = await gather_or_cancel(
+            [self._parts.fetch(order, *pair) for pair in zip(answer.progress, seats, strict=True)]
+        )
         answer.context_tokens = sum(each.tokens for each in fetched)
         facts_ids = self._engine.text.facts_ids(summary(merged([each.facts for each in fetched])))
         with_facts = [*facts_ids, *question_ids]
@@ -60,7 +65,7 @@ class Answering:
             question_ids = with_facts
         except ContextTooLong:
             log.warning("%s: %d tokens of facts do not fit and are left out", order.request, len(facts_ids))
-        live = await self._engine.join([(each.cache, each.tokens) for each in fetched])
+        live = fetched[0].live or await self._engine.join([piece for each in fetched for piece in each.pieces])
         del fetched
         waiting = time.perf_counter()
         async with self._pieces(order) as pieces, self._engine.turns.turn(order.asker):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from functools import partial
 from typing import TypeVar
 
 import numpy as np
 
 from broker_config.messages import CodecSpeed, Speed, codec_family
-from edge_agent.errors import ContextTooLong
+from edge_agent.errors import CacheInvalid, ContextTooLong
 from edge_agent.kv.cache import Cache, Float32
 from edge_agent.kv.payload import encode
 from edge_agent.kv.reader import Expectation, decode
@@ -81,27 +82,54 @@ class Engine:
         """
         live = self.after_prefix(room=len(ids))
         start, seconds = live.next_position, 0.0
+        async with aclosing(self.read(live, ids, asker, mass=mass)) as chunks:
+            async for _, chunk_s in chunks:
+                seconds += chunk_s
+        self.meter.prefill(len(ids), seconds)
+        cache = await self.extract(live, start, live.next_position, mass=mass)
+        cache.check()
+        return cache, seconds
+
+    async def read(
+        self, live: LiveContext, ids: Sequence[int], asker: str, *, mass: bool = False
+    ) -> AsyncGenerator[tuple[int, float], None]:
+        """Read ids chunk by chunk, one turn each: (ids read so far, seconds of the chunk). Raises like prefill."""
         for last_of, chunk in live.chunks(ids):
             queries = mass and among_the_last(len(ids) - last_of)
             step = partial(live.step, chunk, logits=None, keys=True, queries=queries)
             async with self.turns.turn(asker):
-                seconds += (await self._timed(step))[1]
-        self.meter.prefill(len(ids), seconds)
-        cache = await self._step(lambda: live.extract(start, live.next_position, mass=mass))
-        cache.check()
-        return cache, seconds
+                _, seconds = await self._timed(step)
+            yield last_of, seconds
+
+    async def compute(self, live: LiveContext, ids: Sequence[int], *, keys: bool) -> float:
+        """Read at most a chunk of ids; seconds of it. keys: for an exact `extract`. The caller holds the turn."""
+        step = partial(live.step, np.asarray(ids, dtype=np.int32), logits=None, keys=keys)
+        return (await self._timed(step))[1]
+
+    async def extract(self, live: LiveContext, start: int, stop: int, *, mass: bool = False) -> Cache:
+        """What was read at positions [start, stop), as LiveContext.extract."""
+        return await self._step(partial(live.extract, start, stop, mass=mass))
+
+    async def append(self, live: LiveContext, cache: Cache, tokens: int) -> None:
+        """Put a cache of so many tokens after what was read, as LiveContext.append."""
+        await self._step(partial(live.append, cache, tokens=tokens))
 
     async def join(self, contexts: Sequence[tuple[Cache, int]]) -> LiveContext:
         """Caches of contexts of so many tokens, in turn behind the prefix, keys rotated to where they land."""
         live = self.after_prefix(room=sum(tokens for _, tokens in contexts) + RESERVED_TOKENS)
         for cache, tokens in contexts:
-            await self._step(partial(live.append, cache, tokens=tokens))
+            await self.append(live, cache, tokens)
         return live
 
     async def first_token(self, live: LiveContext, question_ids: list[int]) -> tuple[Float32, float]:
-        """Logits after the question, and the seconds it took. The caller holds the turn."""
+        """Logits after the question, and the seconds it took. The caller holds the turn.
+
+        Raises CacheInvalid if they are no numbers: then something of what was read was none.
+        """
         behind = live.next_position - len(self.model.manifest.prompt.prefix_ids)
         logits, seconds = await self._timed(lambda: live.prefill(question_ids))
+        if not np.isfinite(logits).all():
+            raise CacheInvalid("the model computed a NaN or an infinity from what it had read")
         self.meter.prefill(len(question_ids), seconds, behind=behind)
         return logits, seconds
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 
 WINDOW_S = 0.5
 LEAST_WINDOW_S = 0.4
@@ -17,13 +18,13 @@ KEEPS_PACE = 0.8
 
 
 class Flow:
-    """One direction of one transfer. pace_bps: its share now (None: unpaced).
+    """One direction of one transfer. pace: asked for its share now (None: unpaced).
 
     Whoever sends says what was `made`, and when that is all; both ends say what has `moved`, as a running total.
     """
 
-    def __init__(self, transfer: str = "", *, pace_bps: float | None = None) -> None:
-        self.transfer, self.pace_bps = transfer, pace_bps
+    def __init__(self, transfer: str = "", *, pace: Callable[[], float | None] = lambda: None) -> None:
+        self.transfer, self._pace = transfer, pace
         self.moved_bytes = 0
         self._made_bytes = 0
         self._all_made = False
@@ -43,6 +44,11 @@ class Flow:
             self._samples[1][0] < now_s - WINDOW_S or self._samples[0][0] < now_s - LONGEST_WINDOW_S
         ):
             self._samples.popleft()
+
+    @property
+    def pace_bps(self) -> float | None:
+        """Its share now; None: unpaced."""
+        return self._pace()
 
     @property
     def rate_bps(self) -> float | None:
@@ -67,8 +73,8 @@ class Flow:
     @property
     def link_bps(self) -> float | None:
         """The rate of the link, as far as a transfer tells: not if it was paced and kept its pace."""
-        goodput_bps = self.goodput_bps
-        kept = goodput_bps is not None and self.pace_bps is not None and goodput_bps >= KEEPS_PACE * self.pace_bps
+        goodput_bps, pace_bps = self.goodput_bps, self.pace_bps
+        kept = goodput_bps is not None and pace_bps is not None and goodput_bps >= KEEPS_PACE * pace_bps
         return None if kept else goodput_bps
 
     @property

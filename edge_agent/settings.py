@@ -7,6 +7,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
+from broker_config.messages import FROM_IDS
 from broker_config.messages.base import COORDINATOR, AgentId
 from broker_config.settings import BrokerSettings
 
@@ -123,8 +124,8 @@ class AgentSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     telemetry: Annotated[TelemetrySettings, Meta(title="telemetry")] = TelemetrySettings()
 
     def __post_init__(self) -> None:
-        if self.agent == COORDINATOR:
-            raise ValueError(f"agent: {COORDINATOR} is the coordinator's own name; choose another")
+        if self.agent in {COORDINATOR, FROM_IDS}:
+            raise ValueError(f"agent: {self.agent} is a word that reports use for something else; choose another")
 
     @property
     def bundle_path(self) -> Path:

@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from edge_agent.facts import Fact
 from edge_agent.kv.cache import Cache, Float32
-from edge_agent.kv.payload import Header, encode
+from edge_agent.kv.header import Header
+from edge_agent.kv.payload import encode
 from edge_agent.kv.reader import decode
 from edge_agent.kv.recipe import Recipe
 from edge_agent.model.exchange import expectation, to_send
@@ -125,7 +126,7 @@ def along_behind(prefix: LiveContext, cache: Cache, reference: Reference) -> Flo
 
 def sent(model: Model, cache: Cache, rung: Recipe, *, facts: Sequence[Fact] = ()) -> bytes:
     """The payload of a whole cache."""
-    ids = [0] * cache.entries  # only their number is on such a payload
+    ids = [0] * cache.entries  # any take as many bytes, and a receiver of the whole cache needs none
     header, entries = to_send(model.manifest, "0" * 32, ids, cache, own_tokens=0, rung=rung, facts=facts)
     return b"".join(encode(header, entries, model.transform))
 

@@ -16,6 +16,8 @@ from broker_config.messages.agents import (
 from broker_config.messages.base import PROTOCOL_VERSION, Message, new_id
 from broker_config.messages.bulk import MAX_CHUNK_BYTES, MAX_PROBE_BYTES, Abort, Ack, Bulk, Chunk, Open, Probe
 from broker_config.messages.orders import (
+    FROM_IDS,
+    SLICE_TOKENS,
     AddContext,
     AnswerOrder,
     AnswerOutcome,
@@ -58,9 +60,11 @@ from broker_config.messages.rounds import (
 
 __all__ = [
     "DEFAULT_QUALITY_FLOOR",
+    "FROM_IDS",
     "MAX_CHUNK_BYTES",
     "MAX_PROBE_BYTES",
     "PROTOCOL_VERSION",
+    "SLICE_TOKENS",
     "Abort",
     "Ack",
     "AddContext",

@@ -63,6 +63,14 @@ class ContextReply(Message, frozen=True, kw_only=True, tag="context_reply"):
     error: Reason = ""
 
 
+SLICE_TOKENS = 64
+"""Of the slices that a receiver meets; what the coordinator plans in, too. Half a slice is lost at the meeting.
+
+Of SmolLM2-135M's caches such slices take 0.5 % more bytes and 15 % more coding than those of 128 tokens; those of 32,
+1.4 % and up to 60 %.
+"""
+
+
 class RateStep(Struct, frozen=True, kw_only=True):
     """From after_s seconds after an order on, a transfer has rate_bps."""
 
@@ -167,6 +175,9 @@ class TextRequest(Message, frozen=True, kw_only=True, tag="text_request"):
     agent: AgentId
 
 
+FROM_IDS = "ids"
+"""What replaced a transfer that failed after its header had come: its context's ids. No agent may have this id."""
+
 EndState = Literal["delivered", "refused", "cancelled", "expired"]
 
 
@@ -186,9 +197,11 @@ class SendOutcome(Message, frozen=True, kw_only=True, tag="send_outcome"):
 
 
 class PartOutcome(Struct, frozen=True, kw_only=True):
-    """How one part reached the receiver. fallback names what replaced a transfer that failed ("" if none).
+    """How one part reached the receiver. state: how its transfer ended there.
 
-    own_tokens: so many of its tokens the receiver computed in the end. waited_s: nothing was left to do but wait.
+    fallback: what replaced a transfer that failed: the holder of the text, or FROM_IDS where the receiver computed
+    what was missing from the ids that had come; "" if nothing had to. own_tokens: so many of its tokens the receiver
+    computed in the end, whatever the medium, in prefill_s. waited_s: nothing was left to do but wait.
     """
 
     transfer: Id

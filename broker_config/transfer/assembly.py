@@ -43,7 +43,7 @@ class Assembly:
         return self.last_index is not None and self.next_index > self.last_index
 
     def add(self, chunk: Chunk) -> Literal["new", "duplicate", "corrupt"]:
-        """Take in a chunk. Raises Contradiction; nothing of that chunk is kept then."""
+        """Take in a chunk. Raises Contradiction."""
         if checksum(chunk.transfer, chunk.index, chunk.data, last=chunk.last) != chunk.crc32:
             self._corrupt[chunk.index] += 1  # if the index is what broke, the sender has none such, and its timer helps
             if self._corrupt[chunk.index] > MAX_CORRUPT:
@@ -61,6 +61,8 @@ class Assembly:
         while self.next_index in self._above:
             self.ready.append(self._above.pop(self.next_index).data)
             self.next_index += 1
+        if self.complete and self.opening.total_bytes not in {None, self.received_bytes}:
+            raise Contradiction(f"{self.received_bytes} bytes came, {self.opening.total_bytes} were announced")
         return "new"
 
     def missing(self) -> tuple[int, ...]:
@@ -84,10 +86,9 @@ class Assembly:
 
     def _check_size(self, chunk: Chunk) -> None:
         size_bytes, total_bytes = len(chunk.data), self.opening.total_bytes
-        if size_bytes > self.opening.chunk_bytes or (size_bytes < self.opening.chunk_bytes and not chunk.last):
+        if size_bytes > self.opening.chunk_bytes or not (size_bytes or chunk.last):
             raise Contradiction(
                 f"chunk {chunk.index} has {size_bytes} bytes, chunks of {self.opening.chunk_bytes} were announced"
             )
-        end_bytes = chunk.index * self.opening.chunk_bytes + size_bytes
-        if total_bytes is not None and (end_bytes > total_bytes or (chunk.last and end_bytes != total_bytes)):
-            raise Contradiction(f"chunk {chunk.index} ends at byte {end_bytes}, {total_bytes} bytes were announced")
+        if total_bytes is not None and self.received_bytes + size_bytes > total_bytes:
+            raise Contradiction(f"with chunk {chunk.index} there are more than the {total_bytes} bytes announced")

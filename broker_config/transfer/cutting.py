@@ -9,10 +9,11 @@ from contextlib import aclosing
 async def cut(
     pieces: AsyncIterator[bytes] | Iterable[bytes], chunk_bytes: int, total_bytes: int | None
 ) -> AsyncGenerator[tuple[bytes, bool], None]:
-    """Chunks of chunk_bytes, and whether each is the last; exactly one is, and only it may be shorter (or empty).
+    """Chunks of at most chunk_bytes, and whether each is the last; exactly one is, and only it may be empty.
 
-    A full chunk is given out as soon as it is full. Without total_bytes nobody can know that it was the last, so a
-    payload that ends there is closed by an empty chunk. Raises ValueError if the pieces are not total_bytes long.
+    A full chunk is given out as soon as it is full; an empty piece says that what there is must not wait for more.
+    Without total_bytes nobody can know that a chunk was the last, so a payload that ends with a full one is closed by
+    an empty chunk. Raises ValueError if the pieces are not total_bytes long.
     """
     held, seen, given = bytearray(), 0, 0
     async with aclosing(_each(pieces)) as each:
@@ -28,6 +29,10 @@ async def cut(
                 offset += chunk_bytes
             if offset:
                 held = held[offset:]
+            if held and not piece and seen != total_bytes:
+                given += len(held)
+                yield bytes(held), False
+                held = bytearray()
     if total_bytes is not None and seen != total_bytes:
         raise ValueError(f"the payload ended after {seen} of {total_bytes} bytes announced")
     if held or given == 0 or given != total_bytes:

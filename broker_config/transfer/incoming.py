@@ -29,7 +29,8 @@ class Incoming:
         self.state: EndState | None = None
         self.reason = ""
         self.first_chunk_s: float | None = None
-        self.complete_s: float | None = None
+        self.last_chunk_s: float | None = None
+        self.enough = False
         self.expected = False
         self.released = False
         self._tell = tell
@@ -90,6 +91,14 @@ class Incoming:
                 raise ENDINGS[self.state](self.transfer, self.reason)
             await self._news.wait()
 
+    async def has_enough(self) -> None:
+        """End it as delivered although more was to come, and tell the sender. Nothing happens if it has ended."""
+        if self.state is None:
+            self.enough = True
+            self.end("delivered", "")
+            self.close()
+            await self._tell(self)
+
     async def refuse(self, reason: str) -> None:
         """End it as refused, and tell the sender. Nothing happens if it has ended already."""
         await self._end_and_tell("refused", reason)
@@ -128,9 +137,9 @@ class Incoming:
         if verdict != "new":
             return True
         self.first_chunk_s = now_s if self.first_chunk_s is None else self.first_chunk_s
+        self.last_chunk_s = now_s
         self._news.set()
         if self._assembly.complete:
-            self.complete_s = now_s
             self.end("delivered", "")
             return True
         return bool(self._assembly.missing())
@@ -147,6 +156,7 @@ class Incoming:
             next_index=next_index,
             missing=() if self.state else missing,
             state=self.state,
+            enough=self.enough,
             reason=self.reason,
         )
 

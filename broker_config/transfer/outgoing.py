@@ -58,14 +58,17 @@ async def send(
     expires_s: float,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     rate_bps: float | None = None,
+    pacer: Pacer | None = None,
     window_bytes: int = DEFAULT_WINDOW_BYTES,
     on_progress: Callable[[int], None] | None = None,
 ) -> Sent:
-    """Send a payload and wait until the receiver has all of it.
+    """Send a payload and wait until the receiver has all of it, or says that it has enough.
 
-    pieces: of any size; they may still be being made. total_bytes: their sum if it is known. chunk_bytes: 1,024 to
-    262,144. rate_bps: bits per second at most, envelopes and repeats counted (None: unpaced). window_bytes: so much may
-    be unacknowledged at once, but two chunks always may. expires_s: from now on.
+    pieces: of any size; they may still be being made; an empty one says that what there is must not wait for more to
+    fill a chunk. total_bytes: their sum if it is known. chunk_bytes: 1,024 to
+    262,144. rate_bps: bits per second at most, envelopes and repeats counted (None: unpaced). pacer: instead, where the
+    rate is to change. window_bytes: so much may be unacknowledged at once, but two chunks always may. expires_s: from
+    now on.
 
     on_progress is told how many bytes of the payload were acknowledged in all, whenever that grows.
 
@@ -83,8 +86,8 @@ async def send(
         expires_s=expires_s,
         total_bytes=total_bytes,
     )
-    window = Window(window_bytes=window_bytes, rate_bps=rate_bps)
-    outgoing = _Outgoing(bulk, opening, receiver, window)
+    window = Window(window_bytes=window_bytes)
+    outgoing = _Outgoing(bulk, opening, receiver, window, pacer or Pacer(rate_bps, chunk_bytes))
     outgoing.on_progress = on_progress
     acks = await control.subscribe(ACKS, outgoing.take, sender=sender, receiver=receiver)
     try:
@@ -113,10 +116,10 @@ async def send(
 class _Outgoing:
     """One transfer under way. One task makes chunks, one (run) decides what goes next, one per chunk publishes it."""
 
-    def __init__(self, bulk: Bus, opening: Open, receiver: str, window: Window) -> None:
+    def __init__(self, bulk: Bus, opening: Open, receiver: str, window: Window, pacer: Pacer) -> None:
         self._bulk, self._opening, self._receiver, self._window = bulk, opening, receiver, window
         self._made: asyncio.Queue[tuple[bytes, bool]] = asyncio.Queue(maxsize=2)
-        self._pacer = Pacer(window.rate_bps, opening.chunk_bytes)
+        self._pacer = pacer
         empty = pack(Chunk(transfer=opening.transfer, index=2**24, crc32=2**32 - 1, data=b"", last=False))
         address = BULK.at(site=bulk.site, receiver=receiver, sender=opening.sender)
         self._envelope_bytes = len(empty) + len(address) + FIXED_HEADER_BYTES
@@ -149,10 +152,10 @@ class _Outgoing:
         if self._end.state != "delivered":
             raise ENDINGS[str(self._end.state)](self._opening.transfer, self._end.reason or "no reason given")
         return Sent(
-            payload_bytes=self._window.payload_bytes,
+            payload_bytes=self._window.sent_bytes,
             wire_bytes=self._wire_bytes,
             transfer_s=clock() - (self._first_s if self._first_s is not None else clock()),
-            chunks=self._window.count,
+            chunks=self._window.sent_chunks,
             resent=self._window.resent,
         )
 
@@ -162,7 +165,7 @@ class _Outgoing:
             return
         self._heard = True
         if ack.state is not None:
-            if ack.state != "delivered" or self._window.complete:
+            if ack.state != "delivered" or ack.enough or self._window.complete:
                 self._finish(ack)
         else:
             now_s = asyncio.get_running_loop().time()
@@ -226,14 +229,21 @@ class _Outgoing:
         return True
 
     async def _hold_back(self, delay_s: float) -> None:
-        """Pacing, cut short when the receiver ends the transfer."""
-        if delay_s > 0:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._ended.wait(), delay_s)
+        """Pacing, cut short when the receiver ends the transfer, begun anew when the rate changes."""
+        while delay_s > 0 and self._end is None:
+            self._pacer.changed.clear()
+            waiting = [asyncio.ensure_future(event.wait()) for event in (self._ended, self._pacer.changed)]
+            try:
+                done, _ = await asyncio.wait(waiting, timeout=delay_s, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for each in waiting:
+                    each.cancel()
+            delay_s = self._pacer.wait_s() if done else 0.0
 
     async def _wait_for_news(self) -> None:
         """Until something has happened, or nothing has for too long."""
         now_s = asyncio.get_running_loop().time()
+        self._window.rate_bps = self._pacer.rate_bps()
         deadline_s = self._window.deadline_s()
         try:
             async with asyncio.timeout(None if deadline_s is None else max(0.0, deadline_s - now_s)):

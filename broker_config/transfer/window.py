@@ -10,6 +10,7 @@ MIN_TIMEOUT_S = 1.0
 MAX_TIMEOUT_S = 30.0
 ROUND_TRIPS = 4.0  # acknowledgements queue behind other traffic; an early repeat costs a whole chunk of airtime
 SMOOTHING = 0.125  # RFC 6298
+MAX_HELD = 1_024  # a receiver takes only so many ahead of a gap, however small they are
 # Chunks that were overtaken arrive within this; asking for them again before would double the traffic.
 REORDERING_S = 0.05
 
@@ -18,7 +19,8 @@ REORDERING_S = 0.05
 class Sent:
     """A delivered transfer. wire_bytes counts every publish with its envelope, repeats too.
 
-    transfer_s: from handing over the first chunk to the receiver's word that all is there.
+    payload_bytes, chunks: what was sent of it, which is all of it unless the receiver had enough before. transfer_s:
+    from handing over the first chunk to the receiver's word that it needs no more.
     """
 
     payload_bytes: int
@@ -36,6 +38,7 @@ class Held:
     last: bool
     sent_s: float | None = None
     publishing: bool = False
+    counted: bool = False
     repeats: int = 0
 
 
@@ -50,7 +53,8 @@ class Window:
     rate_bps: float | None = None
     held: dict[int, Held] = field(default_factory=dict)
     count: int = 0
-    payload_bytes: int = 0
+    sent_chunks: int = 0
+    sent_bytes: int = 0
     next_index: int = 0
     complete: bool = False
     resent: int = 0
@@ -63,7 +67,8 @@ class Window:
 
     def room(self) -> bool:
         """Whether another chunk may be taken in; two always may, or a large chunk would stop and wait."""
-        return not self.complete and (len(self.held) < 2 or self._held_bytes < self.window_bytes)
+        few = len(self.held) < MAX_HELD and self._held_bytes < self.window_bytes
+        return not self.complete and (len(self.held) < 2 or few)
 
     def add(self, data: bytes, *, last: bool, now_s: float) -> None:
         """Take in the next chunk; it waits to be sent."""
@@ -72,7 +77,6 @@ class Window:
         self.held[self.count] = Held(data=data, last=last)
         self._waiting.add(self.count)
         self.count += 1
-        self.payload_bytes += len(data)
         self._held_bytes += len(data)
         self.complete = last
 
@@ -95,7 +99,10 @@ class Window:
         if chunk.sent_s is not None:
             chunk.repeats += 1
             self.resent += 1
-        chunk.sent_s, chunk.publishing = now_s, True
+        if not chunk.counted:
+            self.sent_chunks += 1
+            self.sent_bytes += len(chunk.data)
+        chunk.sent_s, chunk.publishing, chunk.counted = now_s, True, True
 
     def published(self, index: int, *, failed: bool) -> None:
         """The broker took it, or (failed) it did not leave us and waits again."""

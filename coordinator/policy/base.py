@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from broker_config.messages import LinkReport, Stages
+from broker_config.messages import LinkReport, RateStep, Stages
 from coordinator.latency import Decision, Link, Prediction, Scenario, payload_bytes
 from coordinator.numbers import Flags
 from coordinator.policy.rungs import raise_rungs
@@ -23,7 +23,8 @@ class LinkPlan:
     """What is planned for one link. Sizes in bytes as the model expects them, fp16_bytes and text_bytes without header.
 
     share_bps 0: unpaced, since the link was not measured. kl is the loss of the chosen rung, 0 for tokens.
-    arrive_s: when the last bit is due at the receiver. known: the prediction rests on measurements only.
+    arrive_s: when the last bit is due at the receiver. known: the prediction rests on measurements only. meet: both
+    ends go on until they meet, wherever that is. later_rates: what the share becomes later.
     """
 
     request: str
@@ -47,6 +48,8 @@ class LinkPlan:
     arrive_s: float
     known: bool
     note: str = ""
+    meet: bool = False
+    later_rates: tuple[RateStep, ...] = ()
 
     def report(self) -> LinkReport:
         """As the message that tells of it."""
@@ -126,6 +129,8 @@ class StagedPolicy:
     """A policy that first ends the round as early as it can, on the tightest rungs, and then raises these."""
 
     name: str
+    meets = False
+    """Whether both ends of a link that carries a cache go on until they meet."""
 
     def choose(self, shares: Shares) -> Allocation:
         """What each link carries, with its rates, on the tightest rungs."""
@@ -141,7 +146,7 @@ class StagedPolicy:
             return nothing(self.name)
         shares = Shares(scenario)
         chosen = self.choose(shares)
-        return describe(self.name, scenario, raise_rungs(shares, chosen), bound_s=self.bound_s(shares, chosen))
+        return describe(self, scenario, raise_rungs(shares, chosen), bound_s=self.bound_s(shares, chosen))
 
 
 class BinaryPolicy(StagedPolicy):
@@ -161,10 +166,16 @@ def nothing(policy: str) -> Plan:
     return Plan(policy=policy, requests=(), predicted_e2e_s=0.0, predicted_question_s=0.0, within_s=0.0, known=True)
 
 
-def describe(policy: str, scenario: Scenario, allocation: Allocation, *, bound_s: float | None = None) -> Plan:
+def describe(policy: StagedPolicy, scenario: Scenario, allocation: Allocation, *, bound_s: float | None = None) -> Plan:
     """An allocation as a plan."""
-    prediction = allocation.prediction
-    links = [_link_plan(scenario, index, decision, prediction) for index, decision in enumerate(allocation.decisions)]
+    prediction, decisions = allocation.prediction, allocation.decisions
+    links = [
+        _link_plan(scenario, index, decision, prediction, meets=policy.meets)
+        for index, decision in enumerate(decisions)
+    ]
+    by_request: list[list[LinkPlan]] = [[] for _ in scenario.requests]
+    for link, plan in zip(scenario.links, links, strict=True):
+        by_request[link.request].append(plan)
     requests = tuple(
         RequestPlan(
             request=terms.request,
@@ -173,13 +184,13 @@ def describe(policy: str, scenario: Scenario, allocation: Allocation, *, bound_s
             predicted_question_s=prediction.question_s[index],
             deadline_s=terms.deadline_s,
             late_s=max(0.0, prediction.request_e2e_s[index] - terms.deadline_s) if terms.deadline_s else 0.0,
-            known=all(link.known for link in scenario.links if link.request == index),
-            links=tuple(plan for plan, link in zip(links, scenario.links, strict=True) if link.request == index),
+            known=all(plan.known for plan in by_request[index]),
+            links=tuple(by_request[index]),
         )
         for index, terms in enumerate(scenario.requests)
     )
     return Plan(
-        policy=policy,
+        policy=policy.name,
         requests=requests,
         predicted_e2e_s=prediction.e2e_s,
         predicted_question_s=max(prediction.question_s),
@@ -195,7 +206,7 @@ def _medium(link: Link, own_tokens: int) -> Medium:
     return "split" if own_tokens else "cache"
 
 
-def _link_plan(scenario: Scenario, index: int, decision: Decision, prediction: Prediction) -> LinkPlan:
+def _link_plan(scenario: Scenario, index: int, decision: Decision, prediction: Prediction, *, meets: bool) -> LinkPlan:
     link = scenario.links[index]
     rung = decision.rung or link.reference
     return LinkPlan(
@@ -222,4 +233,6 @@ def _link_plan(scenario: Scenario, index: int, decision: Decision, prediction: P
         arrive_s=prediction.arrive_s[index],
         known=link.known,
         note=link.note,
+        meet=meets and decision.own_tokens < link.tokens,
+        later_rates=tuple(RateStep(after_s=at, rate_bps=rate) for at, rate in decision.later),
     )

@@ -20,7 +20,7 @@ from coordinator.numbers import Floats, Ints
 from coordinator.policy.base import StagedPolicy
 from coordinator.policy.jmsra import binary_choices
 from coordinator.policy.relaxed import Relaxed
-from coordinator.policy.shares import LONGEST_S, Allocation, Shares
+from coordinator.policy.shares import Allocation, Shares
 from coordinator.table import WHOLE
 
 FEW_LINKS = 12
@@ -39,6 +39,7 @@ class OptimumPolicy(StagedPolicy):
     """Splits by linear programme, rounding and moves; min-max shares by bisection."""
 
     name = "optimum"
+    meets = True
 
     def choose(self, shares: Shares) -> Allocation:
         """The best splits found."""
@@ -65,8 +66,8 @@ def optimum(shares: Shares, rungs: Ints | None = None) -> Allocation:
 def _of_many(shares: Shares, rungs: Ints) -> Allocation:
     """The best of all tokens, all caches and what is drawn; compared roughly, then worked out for one."""
     ends = np.array(binary_choices(shares, searched=False))
-    found = shares.least(shares.rows(ends, rungs), tolerance=ROUGHLY)
-    rows = np.concatenate([ends, draw(shares, rungs, LONGEST_S if found is None else found[1], LATER_OF_MANY)])
+    upper_s = shares.surely_s(shares.rows(ends[:1], rungs))
+    rows = np.concatenate([ends, draw(shares, rungs, upper_s, LATER_OF_MANY)])
     found = shares.least(shares.rows(rows, rungs), tolerance=ROUGHLY)
     return shares.allocate(rows[found[0][0] if found is not None else 0], rungs, tolerance=FINELY)
 

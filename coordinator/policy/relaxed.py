@@ -28,6 +28,8 @@ from coordinator.table import WHOLE
 PRICINGS = 6
 TOLERANCE = 1e-4
 SEARCHES = 40
+HARDLY = 0.02
+"""While T changes by less, receivers take their tokens in the order found before."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Relaxed:
     ) -> None:
         table = self._table = shares.table
         self._hopeful = hopeful
+        self._order: Ints | None = None
+        self._ordered_s = self._within_s = 1.0
         self._bits, self._encode_s, self._decode_s = shares.coded(rungs)
         self._tokens = np.maximum(table.tokens, 1.0)
         self._prefill_s = table.prefill_s(table.tokens) / self._tokens
@@ -175,7 +179,7 @@ class Relaxed:
 
     def needed(self, within_s: float, limits_s: Floats | None = None) -> Needed:
         """The cheapest tokens of cache with which all end by within_s, (K,) each by its limit."""
-        table = self._table
+        table, self._within_s = self._table, within_s
         ends_s = np.full(table.count, within_s) if limits_s is None else np.minimum(within_s, limits_s)
         ends_by_s = self._earliest(ends_s)
         wanted_s = table.receivers.sums(self._prefills_s) + self._ids_s - ends_by_s
@@ -210,6 +214,13 @@ class Relaxed:
         """In whole slices; hopefully what rounding adds to one begins no other."""
         own = self._table.tokens - cached + (1e-6 if self._hopeful else 0.0)
         return self._table.sent_tokens(np.maximum(own, 0.0))
+
+    def _ordered(self, ratio: Floats) -> Ints:
+        """Links by receiver, the cheapest first; while one T is searched for, an order that has hardly changed."""
+        if self._order is None or self._hopeful or abs(self._within_s / self._ordered_s - 1) > HARDLY:
+            self._order = np.lexsort((ratio, self._table.receivers.index))
+            self._ordered_s = self._within_s
+        return self._order
 
     def _slowly_s(self) -> Floats:
         """Seconds a token that encoding and decoding take while nothing is sent: none with slices."""
@@ -248,7 +259,7 @@ class Relaxed:
         receivers = self._table.receivers
         gains_s = self._gain_s * most
         ratio = np.divide(costs, self._gain_s, out=np.full_like(costs, np.inf), where=self._open)
-        order = np.lexsort((ratio, receivers.index))
+        order = self._ordered(ratio)
         still_s = wanted_s[receivers.index] - receivers.before(gains_s, order)
         taken_s = np.clip(still_s, 0.0, np.maximum(gains_s, 0.0))
         sparing = self._open & (taken_s > 0)

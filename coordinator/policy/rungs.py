@@ -76,12 +76,9 @@ def raise_rungs(shares: Shares, base: Allocation) -> Allocation:
         loss = ladders.loss[links, rungs]
         lossiest = climbing & (loss == loss[climbing].max())
         raised = np.where(lossiest, rungs + 1, rungs)
-        fit, alone = shares.affordable(rates, shares.needed(base.own, raised, limits_s), lossiest)
-        higher = np.where(fit, rungs + 1, rungs)
-        wanted = shares.needed(base.own, higher, limits_s)
-        if not shares.holds(wanted):
-            break
-        rungs, rates = higher, wanted
+        wanted = shares.needed(base.own, raised, limits_s)
+        fit, alone = shares.affordable(rates, wanted, lossiest)
+        rungs, rates = np.where(fit, raised, rungs), np.where(fit, wanted, rates)
         climbing &= (~lossiest | alone) & (rungs < ladders.top)
     if np.array_equal(rungs, base.rungs):
         return base

@@ -71,6 +71,7 @@ def build_scenario(
     *,
     caps: PressureCaps | None = None,
     tie_fraction: float = TIE_FRACTION,
+    slice_tokens: int | None = None,
     header_bytes: int = HEADER_BYTES,
     expiry_s: float = EXPIRY_S,
     link_factors: Mapping[tuple[str, str], float] | None = None,
@@ -114,6 +115,7 @@ def build_scenario(
         airtime_free={name: min(1.0, max(LEAST_FREE, free)) for name, free in sorted((airtime_free or {}).items())},
         header_bytes=header_bytes,
         tie_fraction=tie_fraction,
+        slice_tokens=slice_tokens,
     )
 
 

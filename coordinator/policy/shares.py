@@ -104,6 +104,7 @@ class Shares:
         self.scenario = scenario
         self.table = table or Table(scenario)
         self._coded: dict[bytes, tuple[Floats, Floats, Floats]] = {}
+        self._text_order = self._order(self.table.order_s)
         self._tightest = np.zeros(self.table.count, dtype=np.intp)
 
     @property
@@ -141,9 +142,8 @@ class Shares:
         slices_s = self._behind(np.where(carries, decode_token_s * first, 0.0), order)
         decodes_s = self._behind(decode_s, order)
         text_s = table.order_s + table.text_token_s * own * (1 - table.text_at_once(own))
-        works_s = (
-            self._behind(prefill_s, self._order(text_s)) + table.receivers.sums(decode_s)[..., table.receivers.index]
-        )
+        order = self._order(text_s) if table.generated.any() else np.broadcast_to(self._text_order, text_s.shape)
+        works_s = self._behind(prefill_s, order) + table.receivers.sums(decode_s)[..., table.receivers.index]
         back_s = table.back_s + table.after_s
         text_ready_s = table.order_s + table.text_token_s * own
         moments = (
@@ -216,6 +216,10 @@ class Shares:
             else:
                 low = middle
         return active, high
+
+    def surely_s(self, rows: Rows) -> float:
+        """A T by which one of them surely ends, if nothing is limited (airtime)."""
+        return float(self._upper_s(rows).min())
 
     def _upper_s(self, rows: Rows) -> Floats:
         """A T at which each row is surely feasible (airtime): if every link had only the gap of the latest one."""

@@ -51,6 +51,10 @@ class Layer:
         mass = None if self.mass is None else self.mass[:, first:last]
         return Layer(self.keys[:, first:last], self.values[:, first:last], self.positions[..., first:last], mass)
 
+    def moved(self, by: int) -> Layer:
+        """The same entries so many positions further on. No copy."""
+        return Layer(self.keys, self.values, self.positions + np.int32(by), self.mass)
+
     @property
     def nbytes(self) -> int:
         arrays = (self.keys, self.values, self.positions, self.mass)
@@ -84,6 +88,10 @@ class Cache:
     def part(self, first: int, last: int) -> Cache:
         """Of every layer the entries from the first to before the last, counted as they stand."""
         return Cache(tuple(layer.part(first, last) for layer in self.layers))
+
+    def moved(self, by: int) -> Cache:
+        """The same entries so many positions further on. No copy."""
+        return Cache(tuple(layer.moved(by) for layer in self.layers))
 
     def check_form(self) -> None:
         """Raise CacheInvalid, naming the layer, for disagreeing shapes or positions that do not rise from 0 on."""

@@ -13,18 +13,19 @@ import msgspec
 
 from edge_agent.errors import PayloadRejected, WrongModel
 from edge_agent.kv.cache import Cache, Int32, concatenate
-from edge_agent.kv.payload import (
+from edge_agent.kv.header import (
     DIGEST_BYTES,
     FINAL_DIGEST_BYTES,
     FORMAT_VERSION,
     MAGIC,
     MAX_HEADER_BYTES,
+    PLACE_BYTES,
     SLICE_MARK,
     TRAILER_MARK,
     Header,
     Shape,
-    decode_slice,
 )
+from edge_agent.kv.payload import decode_slice
 from edge_agent.kv.transform import Transform
 
 VOCABULARY_LIMIT = 2**24
@@ -49,8 +50,10 @@ class Expectation:
 
 
 class PayloadReader:
-    """Feed it bytes as they come; `header` is set once it is there, `caches` fills slice by slice, `complete` ends it.
+    """Feed it bytes as they come; `header` is set once it is there, `slices` fills, `complete` ends it.
 
+    slices: by their first entry, in whatever order they come; who uses them at once takes them out with `take`.
+    passed: slices that end at or below this entry are of no use any more: they are checked, but not decoded.
     Raises PayloadRejected (WrongModel for another model's payload) at the first byte range that can't be used.
     """
 
@@ -62,8 +65,9 @@ class PayloadReader:
         self._digest = hashlib.blake2b(digest_size=FINAL_DIGEST_BYTES)
         self.header: Header | None = None
         self._positions: dict[int, Int32] = {}
-        self._slices = 0
-        self.caches: list[Cache] = []
+        self._seen: set[int] = set()
+        self.slices: dict[int, Cache] = {}
+        self.passed = 0
         self.complete = False
 
     def feed(self, data: bytes) -> None:
@@ -81,7 +85,14 @@ class PayloadReader:
         if not self.complete:
             what = "header" if self.header is None else "trailer"
             raise PayloadRejected(what, f"missing: the payload ends early, {len(self._buffer)} bytes into it")
-        return concatenate(self.caches) if self.caches else None
+        return concatenate([self.slices[start] for start in sorted(self.slices)]) if self.slices else None
+
+    def take(self) -> list[tuple[int, Cache]]:
+        """The slices that have come since: (first entry, cache). They are not kept here any more."""
+        taken = sorted(self.slices.items())
+        for start, _ in taken:
+            del self.slices[start]
+        return taken
 
     def _step(self) -> bool:
         """Take one record off the buffer, if it is there whole."""
@@ -113,36 +124,39 @@ class PayloadReader:
         return True
 
     def _read_slice(self, header: Header) -> bool:
-        if len(self._buffer) < 5:
+        if len(self._buffer) < 5 + PLACE_BYTES:
             return False
-        starts = header.slice_starts()
-        if self._slices >= len(starts):
-            raise PayloadRejected("slice", f"more than the {len(starts)} announced")
-        start, entries = starts[self._slices]
         (length,) = struct.unpack_from("<I", self._buffer, 1)
+        start, entries = struct.unpack_from("<II", self._buffer, 5)
+        self._check_place(header, start, entries)
         exact, most = header.body_bytes(entries), header.body_limit_bytes(entries)
-        if length < 8 or length > most or exact not in {None, length}:
+        if length < PLACE_BYTES or length > most or exact not in {None, length}:
             needs = f"needs {exact}" if exact is not None else f"needs at most {most}"
             raise PayloadRejected("slice", f"{length} bytes where its shape {needs}")
         body = self._take(5, length)
         if body is None:
             return False
-        if struct.unpack_from("<II", body) != (start, entries):
-            raise PayloadRejected("slice", "stands at another place than announced")
-        self._slices += 1
-        self._keep(header, body)
+        self._seen.add(start)
+        self._keep(header, start, body)
         return True
 
-    def _keep(self, header: Header, body: bytes) -> None:
-        self.caches.append(decode_slice(header, self._positions, body, self._expectation.transform))
+    def _check_place(self, header: Header, start: int, entries: int) -> None:
+        if not entries or header.slice_entries(start) != entries:
+            raise PayloadRejected("slice", f"{entries} entries from {start} on, which is not where one may stand")
+        if start in self._seen:
+            raise PayloadRejected("slice", f"the one from entry {start} on comes twice")
+
+    def _keep(self, header: Header, start: int, body: bytes) -> None:
+        if start + header.slice_entries(start) > self.passed:
+            self.slices[start] = decode_slice(header, self._positions, body, self._expectation.transform)
 
     def _read_trailer(self, header: Header) -> bool:
         size = 5 + FINAL_DIGEST_BYTES
         if len(self._buffer) < size:
             return False
         (slices,) = struct.unpack_from("<I", self._buffer, 1)
-        if slices != self._slices or slices != len(header.slice_starts()):
-            raise PayloadRejected("trailer", f"{slices} slices announced, {self._slices} came")
+        if slices != len(self._seen) or slices != len(header.slice_starts()):
+            raise PayloadRejected("trailer", f"{slices} slices announced, {len(self._seen)} came")
         self._digest.update(self._buffer[:5])
         if not hmac.compare_digest(self._digest.digest(), bytes(self._buffer[5:size])):
             raise PayloadRejected("trailer", "its digest does not match what came")
@@ -182,7 +196,7 @@ class PayloadReader:
         if header.decoded_bytes() > expected.limit_bytes:
             raise PayloadRejected("size", f"{header.decoded_bytes()} bytes decoded, limit {expected.limit_bytes}")
         if any(token >= expected.vocabulary for token in header.ids()):
-            raise PayloadRejected("own_ids", f"an id is outside the vocabulary of {expected.vocabulary}")
+            raise PayloadRejected("token_ids", f"an id is outside the vocabulary of {expected.vocabulary}")
         return header
 
 
@@ -195,10 +209,15 @@ class BodyReader(PayloadReader):
     def __init__(self, expectation: Expectation, *, refines: int | None = None) -> None:
         super().__init__(expectation)
         self._refines = refines
-        self.bodies: list[bytes] = []
+        self._bodies: dict[int, bytes] = {}
 
-    def _keep(self, header: Header, body: bytes) -> None:  # noqa: ARG002
-        self.bodies.append(body)
+    @property
+    def bodies(self) -> tuple[bytes, ...]:
+        """By their places, whatever the order in which they came."""
+        return tuple(self._bodies[start] for start in sorted(self._bodies))
+
+    def _keep(self, header: Header, start: int, body: bytes) -> None:  # noqa: ARG002
+        self._bodies[start] = body
 
 
 def decode(data: bytes, expectation: Expectation) -> tuple[Header, Cache | None]:
@@ -224,10 +243,11 @@ def _parse_header(packed: bytes) -> Header:
     _check_layers(header.shape)
     if not all(fact.content.isprintable() for fact in header.facts):
         raise PayloadRejected("facts", "hold a line break or a control character")
-    if header.id_bytes not in (1, 2, 4) or len(header.own_ids) % header.id_bytes:
-        raise PayloadRejected("own_ids", f"{len(header.own_ids)} bytes are no ids of {header.id_bytes} bytes")
+    if header.id_bytes not in (1, 2, 4) or len(header.token_ids) != header.tokens * header.id_bytes:
+        reason = f"{len(header.token_ids)} bytes are not {header.tokens} ids of {header.id_bytes} bytes"
+        raise PayloadRejected("token_ids", reason)
     if header.own_tokens > header.tokens:
-        raise PayloadRejected("own_ids", f"{header.own_tokens} ids for a context of {header.tokens} tokens")
+        raise PayloadRejected("own_tokens", f"{header.own_tokens} of a context of {header.tokens} tokens")
     if header.kept is not None and (header.entries > header.tokens - header.own_tokens or not header.shape.sent_layers):
         raise PayloadRejected("kept", f"{header.entries} entries of {header.tokens - header.own_tokens}")
     return header

@@ -86,6 +86,11 @@ class Recipe:
         """Whether it chooses by the attention that a context's last tokens paid."""
         return self.eviction is not None or (self.selection is not None and self.selection.by == "attention")
 
+    @property
+    def meets(self) -> bool:
+        """Whether each of its slices is of use by itself: it has all entries of its tokens, of every layer."""
+        return self.eviction is None and self.selection is None
+
     def reduced(self, cache: Cache) -> Cache:
         """The entries that are sent of those of a cache. Raises CacheInvalid if they are chosen by mass it has not."""
         return cache if self.eviction is None else evicted(cache, self.eviction)

@@ -10,17 +10,18 @@ import msgspec
 from edge_agent.errors import PayloadRejected, RecipeInvalid
 from edge_agent.kv import coded
 from edge_agent.kv.cache import Cache, concatenate
-from edge_agent.kv.payload import Header, decode_slice, pieces, slice_bodies, slice_place
+from edge_agent.kv.header import PLACE_BYTES, Header
+from edge_agent.kv.payload import decode_slice, in_order, pieces, slice_bodies, slice_place
 from edge_agent.kv.reader import BodyReader, Expectation
 from edge_agent.kv.recipe import Recipe, recipe
 from edge_agent.kv.transform import Transform
 
-_PLACE_BYTES = len(slice_place(0, 0))
-
 
 @dataclass(frozen=True, eq=False)
 class Shelved:
-    """header: of a payload with the whole context, no token of which the receiver prefills. bodies: of its slices."""
+    """header: of a payload with the whole context, no token of which the receiver prefills. bodies: of its slices, by
+    their places.
+    """
 
     header: Header
     bodies: tuple[bytes, ...]
@@ -66,7 +67,7 @@ def tightened(shelved: Shelved, wanted: Recipe, transform: Transform) -> Shelved
     return Shelved(header, tuple(bodies_for(header, shelved, transform)))
 
 
-def bodies_for(header: Header, shelved: Shelved, transform: Transform) -> Iterator[bytes]:
+def bodies_for(header: Header, shelved: Shelved, transform: Transform, *, last_first: bool = False) -> Iterator[bytes]:
     """The bodies of a payload with this header, out of a shelved cache in whose rung the header's nests.
 
     At most two of the shelf's slices are unpacked at a time. Raises RecipeInvalid for a rung that does not nest.
@@ -75,7 +76,7 @@ def bodies_for(header: Header, shelved: Shelved, transform: Transform) -> Iterat
     if held.level is None or level is None or not nests(recipe(held.rung), recipe(header.rung)):
         raise RecipeInvalid(f"{header.rung} does not follow from {held.rung}")
     starts, unpacked = held.slice_starts(), dict[int, coded.Symbols]()
-    for start, entries in header.slice_starts():
+    for start, entries in in_order(header, last_first=last_first):
         first = header.own_tokens + start
         parts = []
         for number, (at, count) in enumerate(starts):
@@ -111,7 +112,7 @@ def refined(coarse: Shelved, data: bytes, expectation: Expectation) -> Shelved:
     whole = []
     for (start, count), body, more in zip(header.slice_starts(), coarse.bodies, bodies, strict=True):
         symbols = _unpacked(transform, held, body, count)
-        finer = coded.refined(transform, symbols, held.level, memoryview(more)[_PLACE_BYTES:], header.level)
+        finer = coded.refined(transform, symbols, held.level, memoryview(more)[PLACE_BYTES:], header.level)
         whole.append(slice_place(start, count) + coded.pack(transform, header.level, finer))
     return Shelved(msgspec.structs.replace(header, refines=None), tuple(whole))
 
@@ -134,8 +135,8 @@ def _whole(data: bytes, expectation: Expectation, *, refines: int | None = None)
     if header is None or not reader.complete:
         raise PayloadRejected("trailer", "missing")
     if header.own_tokens or not header.entries:
-        raise PayloadRejected("own_ids", "it is no whole cache")
-    return header, tuple(reader.bodies)
+        raise PayloadRejected("own_tokens", "it is no whole cache")
+    return header, reader.bodies
 
 
 def _refinements(fine: Shelved, level: int, coarse_level: int, transform: Transform) -> Iterator[bytes]:
@@ -147,4 +148,4 @@ def _refinements(fine: Shelved, level: int, coarse_level: int, transform: Transf
 def _unpacked(transform: Transform, header: Header, body: bytes, entries: int) -> coded.Symbols:
     """A body's symbols."""
     wanted = dict.fromkeys(header.shape.sent_layers, entries)
-    return coded.unpack(transform, header.level or 0, memoryview(body)[_PLACE_BYTES:], wanted)
+    return coded.unpack(transform, header.level or 0, memoryview(body)[PLACE_BYTES:], wanted)

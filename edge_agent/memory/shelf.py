@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from broker_config.messages import Rung
+from broker_config.messages import SLICE_TOKENS, Rung
 from edge_agent.errors import RecipeInvalid
 from edge_agent.facts import Fact
 from edge_agent.kv.cache import Cache
-from edge_agent.kv.payload import Header, slice_bodies
-from edge_agent.kv.recipe import Layout, Recipe, recipe
+from edge_agent.kv.header import Header
+from edge_agent.kv.payload import slice_bodies, slice_body
+from edge_agent.kv.recipe import WHOLE, Layout, Recipe, recipe
 from edge_agent.kv.shelved import Shelved, bodies_for, nests, shelve, taken_down, tightened
 from edge_agent.kv.transform import Transform
 from edge_agent.model.exchange import payload_header, to_send
@@ -96,6 +97,59 @@ class Shelf:
         """The cache as floats."""
         return form if isinstance(form, Cache) else taken_down(form, self._transform)
 
+    def slice_tokens(self, kept: str | None, rung: Recipe, *, meet: bool) -> int:
+        """Tokens of a slice, when a cache that is kept at a rung (None: none is) is sent at another.
+
+        Fine ones where both ends go on until they meet; but what goes as it is kept keeps its slices.
+        """
+        if not meet or rung.needs_mass or rung.slice_tokens == WHOLE or kept == rung.name != EXACT:
+            return rung.slice_tokens
+        return SLICE_TOKENS
+
+    def header(
+        self,
+        rung: Recipe,
+        context_id: str,
+        ids: Sequence[int],
+        *,
+        own_tokens: int,
+        facts: Sequence[Fact] = (),
+        slice_tokens: int | None = None,
+    ) -> Header:
+        """The header of a payload, before there is a cache. Raises RecipeInvalid for a rung that chooses by one."""
+        layout = Layout(())
+        if own_tokens < len(ids):
+            if rung.eviction is not None:
+                raise RecipeInvalid(f"{rung.name} chooses entries by a cache's attention, and there is none")
+            layout = rung.layout(len(self._manifest.layers), self._manifest.profile, None)
+        return payload_header(
+            self._manifest,
+            context_id,
+            ids,
+            own_tokens=own_tokens,
+            rung=rung,
+            layout=layout,
+            facts=facts,
+            slice_tokens=slice_tokens,
+        )
+
+    def bodies(self, header: Header, form: Form, *, last_first: bool = False) -> Iterator[bytes]:
+        """Slices of a payload with such a header, out of what is kept.
+
+        A whole cache that is kept at the rung itself is sent as it is, and what nests in it is shifted. Raises like
+        payload.slice_bodies.
+        """
+        if isinstance(form, Shelved):
+            if _as_it_is(header, form.header):
+                return iter(form.bodies[::-1] if last_first else form.bodies)
+            if self._transform is not None and nests(recipe(form.rung), recipe(header.rung)):
+                return bodies_for(header, form, self._transform, last_first=last_first)
+        return slice_bodies(header, self.take(form), self._transform, last_first=last_first)
+
+    def body(self, header: Header, start: int, part: Cache) -> bytes:
+        """One slice of it, out of its own entries. Raises like payload.slice_bodies."""
+        return slice_body(header, start, part, self._transform)
+
     def to_send(
         self,
         form: Form | None,
@@ -108,25 +162,23 @@ class Shelf:
     ) -> tuple[Header, Iterator[bytes]]:
         """Header and slices of a payload, out of what is kept; form: None if only ids are sent.
 
-        A whole cache that is kept at the rung itself is sent as it is, and what nests in it is shifted. Raises like
-        exchange.to_send.
+        Raises like exchange.to_send.
         """
-        if isinstance(form, Shelved) and own_tokens < len(ids):
-            as_it_is = rung.name == form.rung and rung.slice_tokens == form.header.slice_tokens and not own_tokens
-            if as_it_is or (self._transform is not None and nests(recipe(form.rung), rung)):
-                layout = Layout(form.header.shape.sent_layers, form.header.widths)
-                header = payload_header(
-                    self._manifest, context_id, ids, own_tokens=own_tokens, rung=rung, layout=layout, facts=facts
-                )
-                if as_it_is or self._transform is None:
-                    return header, iter(form.bodies)
-                return header, bodies_for(header, form, self._transform)
-        cache = None if form is None else self.take(form)
+        if form is None or not rung.needs_mass:
+            header = self.header(rung, context_id, ids, own_tokens=own_tokens, facts=facts)
+            return header, iter(()) if form is None else self.bodies(header, form)
+        cache = self.take(form)
         header, sent = to_send(self._manifest, context_id, ids, cache, own_tokens=own_tokens, rung=rung, facts=facts)
         return header, slice_bodies(header, sent, self._transform)
 
     def _kl(self, rung: str, unknown: float = float("inf")) -> float:
         return self._rungs[rung].kl if rung in self._rungs else unknown
+
+
+def _as_it_is(header: Header, held: Header) -> bool:
+    """Whether the slices of a cache that is kept are those that a payload is to have."""
+    fields = ("rung", "level", "transform", "widths", "shape", "slice_tokens", "tokens", "own_tokens")
+    return all(getattr(header, field) == getattr(held, field) for field in fields)
 
 
 def _chain(ladder: Sequence[Rung], tightest_kl: float, *, transformed: bool) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from edge_agent.errors import CacheInvalid, RecipeInvalid
 from edge_agent.facts.fact import Fact
 from edge_agent.kv.cache import Cache
-from edge_agent.kv.payload import Header, Kept, Shape, kept_of, pack_ids
+from edge_agent.kv.header import Header, Kept, Shape, kept_of, pack_ids
 from edge_agent.kv.reader import Expectation
 from edge_agent.kv.recipe import Layout, Recipe
 from edge_agent.kv.transform import Transform
@@ -24,8 +24,8 @@ def to_send(
     rung: Recipe,
     facts: Sequence[Fact] = (),
 ) -> tuple[Header, Cache | None]:
-    """The header of a payload that sends the first own_tokens of ids as ids and the rest as entries at `rung`, and the
-    cache of these entries (None if there are none).
+    """The header of a payload that sends the entries of all but the first own_tokens of ids at `rung`, and the cache of
+    these entries (None if there are none).
 
     cache: the whole context's. Raises RecipeInvalid, CacheInvalid like Recipe.layout and Recipe.reduced, and
     RecipeInvalid for a rung that needs a transform, which the bundle lacks.
@@ -54,8 +54,11 @@ def payload_header(
     layout: Layout,
     kept: Kept | None = None,
     facts: Sequence[Fact] = (),
+    slice_tokens: int | None = None,
 ) -> Header:
     """The header of a payload whose slices have this layout, and all entries or those `kept`.
+
+    slice_tokens: others than the rung's.
 
     Raises RecipeInvalid for a rung that needs a transform, which the bundle lacks.
     """
@@ -77,10 +80,11 @@ def payload_header(
         transform=_transform_id(manifest, rung) if rung.codec == "klt" else None,
         level=rung.level,
         rung=rung.name,
-        slice_tokens=rung.slice_tokens,
+        slice_tokens=slice_tokens or rung.slice_tokens,
         tokens=len(ids),
         id_bytes=id_bytes,
-        own_ids=pack_ids(list(ids[:own_tokens]), id_bytes),
+        token_ids=pack_ids(list(ids), id_bytes),
+        own_tokens=own_tokens,
         kept=kept,
         facts=tuple(facts),
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 import tokenizers
 
 from edge_agent.errors import BundleInvalid, ContextEmpty
-from edge_agent.kv.payload import pack_ids
+from edge_agent.kv.header import pack_ids
 from edge_agent.model.manifest import Manifest
 
 TOKENIZER_NAME = "tokenizer.json"

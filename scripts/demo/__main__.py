@@ -30,7 +30,7 @@ from scripts.demo.stage import Stage, stage
 from scripts.prepare_model import default_bundle
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
-POLICIES = ("jmsra", "token", "kv")
+POLICIES = ("optimum", "jmsra", "token", "kv")
 """The first is told in full; the others answer the same questions under the same links, memory and quality floor."""
 
 

@@ -15,7 +15,7 @@ import msgspec
 
 from edge_agent.kv.calibration import Calibration
 from edge_agent.kv.calibration_file import find_calibration
-from edge_agent.kv.payload import FORMAT_VERSION
+from edge_agent.kv.header import FORMAT_VERSION
 from scripts.evaluate.errors import ExtraMissing, PairUnfit
 from scripts.evaluate.relayed import ANSWER_POSITIONS, Pair
 from scripts.prepare_model import Prepared, prepare

@@ -163,7 +163,7 @@ def test_a_payload_is_sent_and_read_while_it_is_being_made() -> None:
             sent = await sending
             assert sent.resent == 0
             assert incoming.first_chunk_s == pytest.approx(10, abs=0.1)
-            assert incoming.complete_s == pytest.approx(100, abs=0.1)
+            assert incoming.last_chunk_s == pytest.approx(100, abs=0.1)
             assert inbox.buffered_bytes == 0
 
     run_virtual(run())

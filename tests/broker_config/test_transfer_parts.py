@@ -47,13 +47,31 @@ async def _cut(pieces: list[bytes], size: int, total: int | None) -> list[tuple[
 
 
 @given(st.lists(st.binary(max_size=50), max_size=12), st.integers(1, 40), st.booleans())
-def test_pieces_of_any_size_become_chunks_of_one_size(pieces: list[bytes], size: int, announced: bool) -> None:
+def test_pieces_of_any_size_become_chunks_of_at_most_one_size(pieces: list[bytes], size: int, announced: bool) -> None:
     payload = b"".join(pieces)
     chunks = asyncio.run(_cut(pieces, size, len(payload) if announced else None))
     assert b"".join(data for data, _ in chunks) == payload
     assert [last for _, last in chunks] == [False] * (len(chunks) - 1) + [True]
-    assert all(len(data) == size for data, last in chunks if not last)
-    assert len(chunks[-1][0]) <= size
+    assert all(data for data, last in chunks if not last)
+    assert max(len(data) for data, _ in chunks) <= size
+    if all(pieces):  # an empty piece lets go what there is
+        assert all(len(data) == size for data, last in chunks if not last)
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_an_empty_piece_sends_what_there_is_on_its_way(announced: bool) -> None:
+    pieces = [b"head", b"", b"", b"slice one", b"", b"two", b"tail", b""]
+    chunks = asyncio.run(_cut(pieces, 6, sum(map(len, pieces)) if announced else None))
+    assert [data for data, _ in chunks[:3]] == [b"head", b"slice ", b"one"]
+    assert (
+        chunks[3:] == [(b"twotai", False), (b"l", True)]
+        if announced
+        else [
+            (b"twotai", False),
+            (b"l", False),
+            (b"", True),
+        ]
+    )
 
 
 @pytest.mark.parametrize("total", [0, 9, 11])
@@ -100,10 +118,12 @@ def test_a_broken_chunk_becomes_a_gap_and_too_many_a_contradiction() -> None:
     "chunks",
     [
         [_chunk(0, bytes(CHUNK_BYTES + 1))],
-        [_chunk(0, bytes(10))],
+        [_chunk(0, b"")],
         [_chunk(0, bytes(CHUNK_BYTES), last=True)],
-        [_chunk(2, bytes(CHUNK_BYTES))],
-        [_chunk(1, bytes(CHUNK_BYTES))],
+        [_chunk(2, bytes(CHUNK_BYTES)), _chunk(0, bytes(CHUNK_BYTES))],
+        [_chunk(0, bytes(CHUNK_BYTES)), _chunk(1, bytes(475), last=True)],
+        [_chunk(1, bytes(475), last=True), _chunk(0, bytes(CHUNK_BYTES))],
+        [_chunk(1, bytes(477), last=True), _chunk(0, bytes(CHUNK_BYTES))],
         [_chunk(1, bytes(476), last=True), _chunk(2, bytes(CHUNK_BYTES))],
         [_chunk(1, bytes(476), last=True), _chunk(0, bytes(476), last=True)],
         [_chunk(MAX_AHEAD + 1, bytes(CHUNK_BYTES))],

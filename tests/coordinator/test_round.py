@@ -17,6 +17,7 @@ from broker_config.messages import (
     AnswerOutcome,
     AnswerPiece,
     PartOutcome,
+    RateStep,
     RoundReport,
     SendOrder,
     SendOutcome,
@@ -119,6 +120,28 @@ def test_parts_stand_in_the_order_of_the_question_with_a_transfer_of_their_own_e
     assert [agent for agent, _ in sends] == ["pi-2", "pi-1"]
     assert [send.transfer for _, send in sends] == [order.parts[0].transfer, order.parts[2].transfer]
     assert round_.agents == ("jetson-1", "pi-2", "pi-1")
+
+
+def test_a_split_that_may_move_is_ordered_of_both_ends_with_its_rates() -> None:
+    steps = (RateStep(after_s=2.0, rate_bps=4e6),)
+    split = replace(PLAN, medium="split", own_tokens=150, meet=True, later_rates=steps)
+    round_ = round_of(OTHER, split)
+    (_, plain), (_, send) = sends_of(round_)
+    assert (plain.meet, plain.own_tokens, plain.later_rates) == (False, 0, ())
+    assert (send.meet, send.own_tokens, send.later_rates, send.rate_bps) == (True, 150, steps, 1e7)
+    assert [(part.meet, part.own_tokens) for part in order_of(round_).parts] == [(False, 0), (True, 150)]
+    alone = round_of(replace(split, share_bps=2e7))
+    assert [order.rate_bps for _, order in sends_of(alone)] == [2e7]  # a rate that changes begins with one
+
+
+def test_what_the_receiver_computed_is_reported_beside_what_was_planned() -> None:
+    round_ = round_of(replace(PLAN, medium="split", own_tokens=150, meet=True))
+    assert round_.report("planned").links[0].computed_tokens is None
+    order = order_of(round_)
+    part = PartOutcome(transfer=order.parts[0].transfer, sender="pi-1", state="delivered", own_tokens=190)
+    round_.take_answer(answered(order, parts=(part,)), 105.0)
+    (link,) = round_.report("answered").links
+    assert (link.own_tokens, link.computed_tokens) == (150, 190)
 
 
 def test_a_sender_of_two_contexts_gets_two_orders_and_is_named_once() -> None:

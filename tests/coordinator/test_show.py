@@ -113,6 +113,21 @@ def test_a_missed_deadline_and_a_fallback_cannot_be_overlooked() -> None:
     assert last.endswith("; deadline 1 s MISSED")
 
 
+def test_a_split_that_has_moved_says_from_where_to_where() -> None:
+    moved = msgspec.structs.replace(MEASURED, medium="split", own_tokens=100, computed_tokens=164)
+    first, _ = outcome_lines(msgspec.structs.replace(ANSWERED, links=(moved,)))
+    assert first.endswith("; computed by the receiver 100/164 tokens")
+    kept = msgspec.structs.replace(moved, computed_tokens=100)
+    first, _ = outcome_lines(msgspec.structs.replace(ANSWERED, links=(kept,)))
+    assert "computed by" not in first
+
+
+def test_a_rest_that_was_computed_from_the_ids_is_named_as_that() -> None:
+    link = msgspec.structs.replace(MEASURED, fallback="ids", note="receiver expired: not complete within 4 s")
+    first, _ = outcome_lines(msgspec.structs.replace(ANSWERED, links=(link,)))
+    assert first.endswith("; FALLBACK to its token ids; receiver expired: not complete within 4 s")
+
+
 def test_what_was_not_measured_is_a_dash() -> None:
     first, last = outcome_lines(REPORT)
     assert "0 B on the wire" in first

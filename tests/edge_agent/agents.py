@@ -28,6 +28,7 @@ from edge_agent.agent import Agent
 from edge_agent.engine import Engine
 from edge_agent.kv.cache import Cache
 from edge_agent.library import Library
+from edge_agent.link_quality import LinkMeter
 from edge_agent.memory import ContextStore, Held
 from edge_agent.settings import AgentSettings, MemorySettings, TelemetrySettings
 from tests.memory_bus import MemoryBroker, MemoryBus
@@ -77,6 +78,10 @@ class MemoryAgent(Agent):
     @property
     def store(self) -> ContextStore:
         return self._store
+
+    @property
+    def link(self) -> LinkMeter:
+        return self._link
 
     @property
     def inbox_bytes(self) -> int:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from edge_agent.kv.cache import Cache, Layer
 from edge_agent.kv.eviction import taken
-from edge_agent.kv.payload import Header, Shape, kept_of, pack_ids
+from edge_agent.kv.header import Header, Shape, kept_of, pack_ids
 from edge_agent.kv.profile import Profile
 from edge_agent.kv.reader import Expectation
 from edge_agent.kv.recipe import Recipe
@@ -60,7 +60,7 @@ def transform_for(cache: Cache, *, seed: int = 0, finest: float = 0.02) -> Trans
 def header_for(
     cache: Cache, rung: Recipe, *, own: int = 0, slice_tokens: int | None = None, profile: Profile | None = None
 ) -> Header:
-    """A header under which `cache` can be sent, its first `own` tokens as ids."""
+    """A header under which `cache` can be sent, but for its first `own` tokens."""
     heads, tokens, dim = cache.layers[0].keys.shape
     layout = rung.layout(len(cache.layers), profile, cache)
     return Header(
@@ -78,7 +78,8 @@ def header_for(
         slice_tokens=slice_tokens or rung.slice_tokens,
         tokens=tokens,
         id_bytes=2,
-        own_ids=pack_ids(list(range(own)), 2),
+        token_ids=pack_ids(list(range(tokens)), 2),
+        own_tokens=own,
     )
 
 

@@ -16,7 +16,8 @@ import atheris
 
 with atheris.instrument_imports(include=["edge_agent.kv"]):
     from edge_agent.kv.cache import Cache
-    from edge_agent.kv.payload import MAGIC, Header, encode
+    from edge_agent.kv.header import MAGIC, Header
+    from edge_agent.kv.payload import encode
     from edge_agent.kv.reader import PayloadReader
     from edge_agent.kv.recipe import recipe
 
@@ -67,7 +68,7 @@ def test_one_input(data: bytes) -> None:
             reader.finish()
     except PayloadRejected:
         pass
-    for cache in reader.caches:
+    for cache in reader.slices.values():
         cache.check()
 
 

@@ -74,6 +74,9 @@ async def test_the_measured_speed_is_positive_and_fit_to_be_published(engine: En
     assert speed.prefill_fixed_s >= 0
     assert min(speed.prefill_tps, speed.decode_tps) > 0
     assert min(speed.encode_elements_per_s, speed.decode_elements_per_s) > 0
+    assert speed.prefill_s_per_token2 >= 0
+    assert {each.codec for each in speed.codecs} == {"klt", "q", "fp", "float"}
+    assert speed.encode_elements_per_s == min(each.encode_elements_per_s for each in speed.codecs)
     assert msgspec.convert(msgspec.to_builtins(speed), type(speed)) == speed
 
 
@@ -97,6 +100,17 @@ async def test_a_prefilled_context_joined_again_goes_on_like_running_text(engine
     text = engine.after_prefix()
     text.prefill(ids)
     assert np.abs(logits - text.prefill(question)).max() < 1e-4
+
+
+async def test_a_question_teaches_as_what_stands_behind_its_contexts(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taught: list[tuple[int, int]] = []
+    monkeypatch.setattr(engine.meter, "prefill", lambda tokens, _, behind=0: taught.append((tokens, behind)))
+    caches = [await engine.prefill_context([1] * tokens, "somebody") for tokens in (5, 9)]
+    live = await engine.join([(cache, cache.entries) for cache, _ in caches])
+    await engine.first_token(live, [1, 2, 3])
+    assert taught == [(5, 0), (9, 0), (3, 14)]
 
 
 async def test_two_prefills_take_turns(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,7 @@ def test_a_transfer_that_waits_for_its_encoder_says_nothing_of_the_link(clock: C
 
 
 def test_a_paced_transfer_tells_of_its_link_only_if_it_falls_behind(clock: Clock) -> None:
-    moving = Flow("t", pace_bps=8e6)
+    moving = Flow("t", pace=lambda: 8e6)
     moving.made(100 * MEGABYTE)
     run(clock, moving, 0.9 * MEGABYTE, 1)
     assert moving.goodput_bps == pytest.approx(7.2e6, rel=0.01)

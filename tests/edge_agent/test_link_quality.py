@@ -286,7 +286,7 @@ def test_a_paced_transfer_leaves_the_uplink_and_tells_its_own_progress() -> None
     async def run(meter: LinkMeter) -> None:
         await three_probes(meter)
         probed = meter.quality
-        with meter.sending(Flow("aa", pace_bps=4e6)) as paced:
+        with meter.sending(Flow("aa", pace=lambda: 4e6)) as paced:
             paced.made(10**9)
             await moved(paced, 0.1e6)
             with meter.sending(Flow("bb")) as other:

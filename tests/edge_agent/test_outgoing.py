@@ -8,16 +8,17 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from broker_config.errors import TransferCancelled, TransferError, TransferExpired
-from broker_config.messages import Abort, CancelOrder, Open, SendOrder
+from broker_config.messages import Abort, CancelOrder, Open, PaceOrder, SendOrder
 from broker_config.transfer import Inbox
 from edge_agent.facts import summary
 from edge_agent.kv.cache import Cache
 from edge_agent.kv.payload import encode
-from edge_agent.kv.reader import decode
+from edge_agent.kv.reader import PayloadReader, decode
 from edge_agent.kv.recipe import recipe
 from edge_agent.memory import Budget, Held
 from edge_agent.model.exchange import expectation, to_send
@@ -78,7 +79,7 @@ async def test_what_is_ordered_arrives_and_ends_once(site: Site, inbox: Inbox, r
     payload = await incoming.payload(20)
     header, cache = decode(payload, site.agents["pi-1"].engine.expectation(1 << 30))
     assert header.context_id == context.context_id
-    assert tuple(header.ids()) == context.ids[:own_tokens]
+    assert (tuple(header.ids()), header.own_tokens) == (context.ids, own_tokens)
     if own is None:
         assert cache is None
     else:
@@ -88,6 +89,27 @@ async def test_what_is_ordered_arrives_and_ends_once(site: Site, inbox: Inbox, r
     outcome = await site.send_outcome(order)
     assert outcome.payload_bytes == len(payload) < outcome.wire_bytes
     assert await the_one_end(site, order, "delivered") == ""
+
+
+async def test_telemetry_tells_how_far_a_transfer_is_and_the_speed_of_its_family_is_learned(
+    site: Site, inbox: Inbox
+) -> None:
+    agent = site.agents["pi-1"]
+    before = {each.codec: each for each in agent.engine.meter.speed.codecs} if agent.engine.meter.speed else {}
+    order = send_order(held(site), RECEIVER, rung="float32", rate_bps=SLOW_BPS)
+    incoming = inbox.expect(order.transfer)
+    await site.order("pi-1", order)
+    await site.until(lambda: any(each.moved_bytes for each in agent.link.progress))
+    (progress,) = agent.link.progress
+    assert (progress.transfer, progress.goodput_bps) == (order.transfer, None)  # too early to tell
+    agent._outgoing.pace(PaceOrder(request=order.request, transfer=order.transfer, rate_bps=None))
+    await incoming.payload(20)
+    await site.send_outcome(order)
+    assert agent.link.progress == ()
+    assert agent.engine.meter.speed is not None
+    after = {each.codec: each for each in agent.engine.meter.speed.codecs}
+    assert after["float"].encode_elements_per_s != before["float"].encode_elements_per_s
+    assert after["klt"] == before["klt"]
 
 
 async def test_the_papers_recipe_sends_its_layers_at_its_widths(site: Site, inbox: Inbox) -> None:
@@ -175,6 +197,40 @@ async def test_a_tightened_cache_is_sent_as_it_is_kept(site: Site, inbox: Inbox,
     assert payload == b"".join(encode(*sent, engine.model.transform))  # the bytes that floats would have given
     assert (await site.send_outcome(order)).prefill_s == 0
     assert site.agents["pi-1"].engine.meter.speed == before_speed  # nothing was coded
+
+
+@pytest.mark.parametrize("coarser", [0, 2])
+async def test_for_a_meeting_a_tightened_cache_goes_last_slice_first(site: Site, inbox: Inbox, coarser: int) -> None:
+    context, before = held(site), cached(site)
+    level = recipe(await tightened(site)).level
+    assert level is not None
+    order = send_order(context, RECEIVER, rung=f"klt{level + coarser}", own_tokens=7, meet=True)
+    incoming = inbox.expect(order.transfer)
+    await site.order("pi-1", order)
+    payload = await incoming.payload(20)
+    engine = site.agents["pi-1"].engine
+    header, sent = to_send(
+        engine.model.manifest, context.context_id, context.ids, before, own_tokens=0, rung=recipe(order.rung)
+    )
+    as_kept = coarser == 0  # then its slices are those of the shelf
+    header = msgspec.structs.replace(header, slice_tokens=header.slice_tokens if as_kept else 64)
+    assert payload == b"".join(encode(header, sent, engine.model.transform, last_first=True))
+    assert (await site.send_outcome(order)).prefill_s == 0
+
+
+async def test_the_header_goes_before_anything_is_computed(site: Site, inbox: Inbox) -> None:
+    context, agent = held(site), site.agents["pi-1"]
+    agent.store.remove(context.name)
+    agent.store.add(context.name, context.context_id, context.ids)
+    order = send_order(context, RECEIVER, own_tokens=7)
+    incoming = inbox.expect(order.transfer)
+    reader = PayloadReader(agent.engine.expectation(1 << 30))
+    async with agent.engine.turns.turn("holder"):
+        await site.order("pi-1", order)
+        reader.feed(await anext(incoming.pieces()))
+        assert reader.header is not None
+        assert (tuple(reader.header.ids()), reader.header.own_tokens) == (context.ids, 7)
+    assert (await site.send_outcome(order)).state == "delivered"
 
 
 @pytest.mark.parametrize("rung", ["float32", "q8", "klt1", "qkvcomm-6"])

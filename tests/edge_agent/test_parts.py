@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from broker_config.errors import TransferError
-from broker_config.messages import AnswerOrder, AnswerOutcome, Part, SendOutcome, TextReply, new_id
+from broker_config.messages import AnswerOrder, AnswerOutcome, Part, SendOutcome, TextReply, TextRequest, new_id
 from broker_config.transfer import send
 from edge_agent.kv.cache import Cache
-from edge_agent.kv.payload import FORMAT_VERSION, Header, Shape, encode
+from edge_agent.kv.header import FORMAT_VERSION, Header, Shape
+from edge_agent.kv.payload import encode
 from edge_agent.kv.recipe import recipe
 from edge_agent.memory import Held
 from edge_agent.model.exchange import to_send
@@ -164,11 +165,12 @@ def _one_layer(site: Site) -> bytes:
 
 
 def _fewer_tokens(site: Site) -> bytes:
-    return payload(site, tokens=len(held(site).ids) - 1)
+    fewer = header(site).token_ids[: -header(site).id_bytes]
+    return payload(site, tokens=len(held(site).ids) - 1, token_ids=fewer)
 
 
 def _nothing(site: Site) -> bytes:
-    return payload(site, tokens=0)
+    return payload(site, tokens=0, token_ids=b"")
 
 
 def _huge(site: Site) -> bytes:
@@ -187,8 +189,6 @@ def _other_text(site: Site) -> bytes:
 @pytest.mark.parametrize(
     ("make", "field"),
     [
-        (_flipped, "digest"),
-        (_cut, "trailer"),
         (_noise, "magic"),
         (_other_version, "format_version"),
         (_other_context, "context_id"),
@@ -197,7 +197,7 @@ def _other_text(site: Site) -> bytes:
         (_no_layers, "sent_layers"),
         (_fewer_tokens, "tokens"),
         (_nothing, "tokens"),
-        (_other_text, "own_ids"),
+        (_other_text, "token_ids"),
     ],
 )
 async def test_a_payload_that_cannot_be_used_is_refused_by_name_and_the_text_fetched(
@@ -212,6 +212,22 @@ async def test_a_payload_that_cannot_be_used_is_refused_by_name_and_the_text_fet
     assert part.reason.startswith(f"payload refused, {field}: ")
     assert "\n" not in part.reason
     assert outcome.first_token_s < LONG_S / 2
+
+
+@pytest.mark.parametrize(("make", "field"), [(_flipped, "digest"), (_cut, "trailer")])
+async def test_what_is_broken_behind_a_good_header_is_computed_from_the_ids_and_nobody_asked(
+    site: Site, make: Callable[[Site], bytes], field: str
+) -> None:
+    expected = await expected_answer(site, held(site))
+    outcome, end = await forged(site, make(site), "coordinator")
+    assert outcome.state == "answered", outcome.reason
+    assert outcome.answer == expected
+    (part,) = outcome.parts
+    assert (part.state, part.fallback) == ("refused", "ids")
+    assert part.reason.startswith(f"payload refused, {field}: ")
+    assert part.own_tokens == len(held(site).ids)
+    assert end == "delivered" or end.startswith(f"refused: payload refused, {field}")
+    assert not any(isinstance(said, TextRequest) for said in site.said)
 
 
 async def test_a_sender_whose_payload_is_refused_hears_why_before_it_has_sent_all(site: Site) -> None:
@@ -262,7 +278,7 @@ async def test_between_models_of_one_tokenizer_a_payload_of_ids_alone_is_refused
 
 
 @pytest.mark.parametrize("own", [0, 7])
-async def test_a_nan_at_the_sender_makes_the_receiver_fetch_the_text_at_once(site: Site, own: int) -> None:
+async def test_after_a_nan_at_the_sender_the_receiver_computes_the_text_at_once(site: Site, own: int) -> None:
     expected = await expected_answer(site, held(site))
     layers = list(cached(site).layers)
     values = layers[2].values.copy()
@@ -275,7 +291,8 @@ async def test_a_nan_at_the_sender_makes_the_receiver_fetch_the_text_at_once(sit
     outcome = await site.answer(RECEIVER, order)
     assert outcome.state == "answered", outcome.reason
     assert outcome.answer == expected
-    assert (outcome.parts[0].state, outcome.parts[0].fallback) == ("cancelled", "coordinator")
+    assert (outcome.parts[0].state, outcome.parts[0].fallback) == ("cancelled", "ids")
+    assert outcome.parts[0].own_tokens == len(held(site).ids)
     assert outcome.first_token_s < LONG_S / 2
     sent = await site.send_outcome(sending)
     assert sent.state == "refused"
@@ -322,7 +339,9 @@ async def test_a_question_whose_part_nobody_has_fails_with_all_reasons(site: Sit
     outcome = await site.answer(RECEIVER, order)
     assert outcome.state == "failed"
     assert outcome.reason.startswith(f"context {held(site).context_id} of pi-2 could not be had: ")
-    assert "coordinator: payload refused, own_ids: are not the tokens of the context that was ordered" in outcome.reason
+    assert (
+        "coordinator: payload refused, token_ids: are not the tokens of the context that was ordered" in outcome.reason
+    )
     assert outcome.reason.count("is not held here") == 2  # its transfer, and its text
     assert "\n" not in outcome.reason
     assert outcome.parts[0].reason

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from edge_agent.errors import CacheInvalid, PayloadRejected, RecipeInvalid, WrongModel
 from edge_agent.facts import Fact
 from edge_agent.kv.cache import Cache, Layer, concatenate
-from edge_agent.kv.payload import FORMAT_VERSION, MAGIC, encode
+from edge_agent.kv.header import FORMAT_VERSION, MAGIC
+from edge_agent.kv.payload import encode
 from edge_agent.kv.reader import PayloadReader, decode
 from edge_agent.kv.recipe import recipe
 from tests.edge_agent.caches import (
@@ -44,7 +45,7 @@ def test_the_lossless_rung_brings_the_very_cache(shape: dict[str, int], slice_to
     cache = made_up(**shape)
     own = data.draw(st.integers(0, shape["entries"]))
     header, back = decode(payload(cache, "float32", own=own, slice_tokens=slice_tokens), expectation_for(cache))
-    assert header.ids() == list(range(own))
+    assert (header.ids(), header.own_tokens) == (list(range(shape["entries"])), own)
     if own == shape["entries"]:
         assert back is None
     else:
@@ -187,7 +188,7 @@ def test_a_slice_with_a_digest_of_its_own_lie_is_a_cache_or_refused(level: int, 
         reader.feed(lie_piece)
     except PayloadRejected:
         return
-    reader.caches[0].check()
+    reader.slices[0].check()
 
 
 @settings(max_examples=300)
@@ -239,7 +240,7 @@ def test_another_models_cache_is_refused_by_name() -> None:
         ("shape", {"layers": 5}),
         ("tokens", {"window_tokens": 3}),
         ("size", {"limit_bytes": 100}),
-        ("own_ids", {"vocabulary": 1}),
+        ("token_ids", {"vocabulary": 1}),
     ],
 )
 def test_what_does_not_fit_the_receiver_is_refused_by_field(field: str, change: dict[str, object]) -> None:
@@ -267,8 +268,12 @@ def test_what_does_not_fit_the_receiver_is_refused_by_field(field: str, change: 
         ("transform", {"codec": "klt", "widths": [], "transform": "9" * 32}),
         ("header", {"codec": "klt", "widths": [], "level": 16}),
         ("header", {"tokens": -1}),
-        ("own_ids", {"own_ids": b"abc"}),
-        ("own_ids", {"own_ids": b"ab" * 40}),
+        ("token_ids", {"token_ids": b"abc"}),
+        ("token_ids", {"token_ids": b"ab" * 40}),
+        ("token_ids", {"tokens": 4}),
+        ("token_ids", {"id_bytes": 4}),
+        ("own_tokens", {"own_tokens": 6}),
+        ("header", {"own_tokens": -1}),
         ("header", {"shape": {"layers": 2**40, "kv_heads": 2, "head_dim": 4, "sent_layers": []}}),
         ("sent_layers", {"shape": {"layers": 2, "kv_heads": 2, "head_dim": 4, "sent_layers": [1, 0]}}),
     ],

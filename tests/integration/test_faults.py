@@ -62,7 +62,7 @@ async def answer_as_text(site: Site) -> RoundReport:
     return await site.client.ask(QUESTION, sources=["pi-1"], receiver="jetson-1", policy="token")
 
 
-async def test_a_cache_that_cannot_arrive_is_replaced_by_its_text(amqtt_site: Site) -> None:
+async def test_a_cache_whose_sender_dies_is_computed_from_the_ids_that_came_before_it(amqtt_site: Site) -> None:
     site = amqtt_site
     async with cache_on_its_way(site, given=True) as (asking, _):
         await site.kill("pi-1")
@@ -72,7 +72,8 @@ async def test_a_cache_that_cannot_arrive_is_replaced_by_its_text(amqtt_site: Si
         expected = await answer_as_text(site)
     assert report.state == "answered", report.reason
     assert report.fallbacks == 1
-    assert report.links[0].fallback == "coordinator"
+    assert report.links[0].fallback == "ids"
+    assert report.links[0].computed_tokens == report.links[0].tokens
     assert report.answer == expected.answer
 
 

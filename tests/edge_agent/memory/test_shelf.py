@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from broker_config.messages import SLICE_TOKENS
 from edge_agent.errors import RecipeInvalid
 from edge_agent.kv.cache import Cache
 from edge_agent.kv.payload import pieces
 from edge_agent.kv.reader import decode
-from edge_agent.kv.recipe import recipe
+from edge_agent.kv.recipe import WHOLE, recipe
 from tests.edge_agent.caches import equal
 from tests.edge_agent.memory.shelves import ONE, TOKENS, context_id, expected, shelf
 
@@ -96,6 +97,32 @@ def test_what_does_not_nest_is_coded_again(held: str, rung: str) -> None:
 def error(cache: Cache) -> float:
     whole = ONE.between(TOKENS - cache.entries, TOKENS)
     return float(sum(np.square(a.keys - b.keys).sum() for a, b in zip(cache.layers, whole.layers, strict=True)))
+
+
+def test_slices_are_fine_where_ends_meet_unless_they_are_there_already_or_must_be_whole() -> None:
+    kept = shelf()
+    for held, rung, meet, tokens in (
+        (None, "klt4", True, SLICE_TOKENS),
+        (None, "klt4", False, 128),
+        ("klt4", "klt4", True, 128),
+        ("klt2", "klt4", True, SLICE_TOKENS),
+        ("float32", "float32", True, SLICE_TOKENS),
+        (None, "q4-whole", True, WHOLE),
+        (None, "klt4-e30", True, 128),
+    ):
+        assert kept.slice_tokens(held, recipe(rung), meet=meet) == tokens
+
+
+@pytest.mark.parametrize("name", ["fp16-e50", "q4-l70"])
+def test_a_rung_that_chooses_by_attention_has_no_header_before_its_cache(name: str) -> None:
+    with pytest.raises(RecipeInvalid, match="by a cache's attention, and there is none"):
+        shelf().header(recipe(name), context_id("a"), IDS, own_tokens=3)
+
+
+@pytest.mark.parametrize(("name", "meets"), [("klt4", True), ("q4-whole", True), ("q4-k70", False), ("q4-l70", False)])
+def test_only_slices_of_all_layers_and_entries_meet(name: str, *, meets: bool) -> None:
+    assert recipe(name).meets == meets
+    assert not recipe(f"{name}-h30").meets
 
 
 def test_only_ids_need_no_cache() -> None:
