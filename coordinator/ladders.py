@@ -56,6 +56,14 @@ class Ladders:
         bits = self._elements * self._bits[self._of_link, places]
         return bits, encode, self._elements * self._decode_s[links, family]
 
+    def fastest(self) -> tuple[Floats, Floats]:
+        """(encoding, decoding) seconds of a token's entries, (K,) each, at whichever of a link's rungs is fastest."""
+        encode, decode = np.full((2, len(self.top)), np.inf)
+        for place in range(int(self.top.max(initial=0)) + 1):
+            _, encodes, decodes = self.coded(np.minimum(place, self.top))
+            encode, decode = np.minimum(encode, encodes), np.minimum(decode, decodes)
+        return encode, decode
+
     def _per_element(self, speeds: Sequence[Speed | None], *, encoding: bool) -> Floats:
         """Seconds an element by link and family, (K, families + 1); nothing for no rung at all."""
         takes, families = encode_s if encoding else decode_s, len(self._examples)

@@ -195,7 +195,9 @@ class Table:
         crowd = np.bincount(self.pair_channel, minlength=channels.count)
         self.shared: Flags = crowd > 1
         """Channels that more than one link passes."""
-        self.most_bps = self.least_of_pairs(self.pair_alone_bps * self.free[self.pair_channel])
+        self.most_bps = self.least_of_pairs(
+            self.pair_alone_bps * rates_of_shares(self.free[self.pair_channel], self.pair_snr)
+        )
         """What each link has if it has all that is free to itself."""
 
     def used(self, rates: Floats) -> Floats:
@@ -279,6 +281,12 @@ def band_shares(alone: Floats, snr: Floats) -> Floats:
     beyond = (alone - 1) * whole / np.maximum(whole - snr / (1 + snr), 1e-300)
     found[waves] = np.where(alone > 0, np.where(alone > 1, 1 + beyond, at), 0.0)[waves]
     return found
+
+
+def rates_of_shares(shares: Floats, snr: Floats) -> Floats:
+    """Which fraction of the rate that the whole band would give a link this share of it does: undoes `band_shares`."""
+    some, waves = np.where(shares > 0, shares, 1.0), np.where(snr > 0, snr, 1.0)
+    return np.where((snr > 0) & (shares > 0), some * np.log1p(waves / some) / np.log1p(waves), shares)
 
 
 def _prefill_terms(speed: Speed | None) -> tuple[float, ...]:

@@ -31,6 +31,7 @@ LATER_OF_MANY = (1.003, 1.03)
 ROUGHLY, FINELY = 1e-4, 1e-7
 """Of many links, the shares of E2E to which choices are compared, and rates are worked out."""
 LEAST_GAIN = 1e-6
+EQUAL = 1e-9
 MOVES = 400
 
 
@@ -73,7 +74,8 @@ def _of_many(shares: Shares, rungs: Ints) -> Allocation:
 
 def earliest(allocations: list[Allocation]) -> Allocation:
     """The lowest E2E, of equals the fewest bits."""
-    return min(allocations, key=lambda each: (round(each.e2e_s / (1 + each.e2e_s), 9), each.bits))
+    lowest_s = min(each.e2e_s for each in allocations)
+    return min((each for each in allocations if each.e2e_s <= lowest_s * (1 + EQUAL)), key=lambda each: each.bits)
 
 
 def draw(shares: Shares, rungs: Ints, early_s: float, later: Sequence[float]) -> Floats:
@@ -94,14 +96,8 @@ def rounded(shares: Shares, own: Floats) -> list[Floats]:
     if table.slice_tokens == WHOLE:
         return [own]
     size = table.slice_tokens
-    below = np.where(own < table.tokens, np.floor(own / size) * size, table.tokens)
-    if table.count > FEW_LINKS:
-        return [below]
-    return [
-        below,
-        np.minimum(np.ceil(own / size) * size, table.tokens),
-        np.minimum(np.round(own / size) * size, table.tokens),
-    ]
+    ways = (np.floor,) if table.count > FEW_LINKS else (np.floor, np.ceil, np.round)
+    return [np.where(own < table.tokens, np.minimum(way(own / size) * size, table.tokens), own) for way in ways]
 
 
 def improved(shares: Shares, best: Allocation) -> Allocation:
@@ -149,6 +145,6 @@ def _moved(shares: Shares, own: Floats, step: float) -> Floats:
 
 
 def lower_bound(shares: Shares, best: Allocation) -> float:
-    """An E2E below which no plan of constant rates on any allowed rung is. best: near which it is sharpest (fdma)."""
-    hopeful = Relaxed(shares, shares.tightest(), hopeful=True, near_bps=best.course.rates[:, 0])
+    """An E2E below which no plan of constant rates on any allowed rung is. best: near which it is sharpest."""
+    hopeful = Relaxed(shares, shares.tightest(), hopeful=True, near_bps=best.course.rates[:, 0], near_own=best.own)
     return min(best.e2e_s, hopeful.most_infeasible_s(best.within_s * (1 + 1e-9)))

@@ -43,11 +43,20 @@ class Needed:
 class Relaxed:
     """One scenario at one choice of rungs.
 
-    near_bps: rates (K,) near which shares of a band are taken as linear in a rate (fdma); hopefully that is by their
-    tangents, which are nowhere above them.
+    near_bps, near_own: rates and own tokens (K,) near which shares of a band (fdma) and prefills that slow with length
+    are taken as linear; hopefully that is by their tangents, which are nowhere above them. Hopefully each link also
+    codes as fast as at any rung from this one up.
     """
 
-    def __init__(self, shares: Shares, rungs: Ints, *, hopeful: bool, near_bps: Floats | None = None) -> None:
+    def __init__(
+        self,
+        shares: Shares,
+        rungs: Ints,
+        *,
+        hopeful: bool,
+        near_bps: Floats | None = None,
+        near_own: Floats | None = None,
+    ) -> None:
         table = self._table = shares.table
         self._hopeful = hopeful
         self._order: Ints | None = None
@@ -55,8 +64,13 @@ class Relaxed:
         self._bits, self._encode_s, self._decode_s = shares.coded(rungs)
         self._tokens = np.maximum(table.tokens, 1.0)
         self._prefill_s = table.prefill_s(table.tokens) / self._tokens
+        self._prefills_s = self._prefill_s * table.tokens
+        """Of all of a link's tokens, as far as they take as long as one another."""
         if hopeful:
-            self._prefill_s = self._prefill_s - table.prefill_square_s * table.tokens / 4
+            self._encode_s, self._decode_s = table.ladders.fastest()
+            near = table.tokens / 2 if near_own is None else near_own
+            self._prefill_s = self._prefill_s + table.prefill_square_s * (2 * near - table.tokens)
+            self._prefills_s = self._prefill_s * table.tokens - table.prefill_square_s * near**2
         self._gain_s = self._prefill_s - self._decode_s
         self._open: Flags = table.may_cache & (self._gain_s > 0)
         self._streams = table.slice_tokens < WHOLE
@@ -68,9 +82,15 @@ class Relaxed:
         rates = np.zeros(table.count) if near_bps is None else near_bps
         self._slope, self._intercept = table.tangents(rates)
         self._prices = np.where(table.shared, 1.0, 0.0)
-        self._simple = not table.shared.any() or bool(
-            np.bincount(table.pair_link[table.shared[table.pair_channel]], minlength=1).max() <= 1
-        )
+        self._simple = self._one_price()
+
+    def _one_price(self) -> bool:
+        """Whether no receiver has a choice between shared channels, so that the cheapest tokens are so at any price."""
+        table = self._table
+        counts = table.shared[table.pair_channel] & self._open[table.pair_link]
+        receivers, channels = table.receivers.index[table.pair_link[counts]], table.pair_channel[counts]
+        ways = np.unique(np.stack([receivers, channels]), axis=1)
+        return bool(np.bincount(ways[0], minlength=1).max() <= 1)
 
     def _set_offsets(self, *, hopeful: bool) -> None:
         table = self._table
@@ -85,11 +105,28 @@ class Relaxed:
         begin_s = start_s + table.produce_s(slice_) + self._encode_s * slice_
         self._set_production(start_s + self._encode_s * slice_ + tail_s + after_s, slice_, hopeful=hopeful)
         self._made_s = start_s + table.produce_s(table.tokens) + self._link_s * slice_ + tail_s + after_s
-        ids_s = table.order_s + after_s + table.text_token_s * slice_
-        ids_s = ids_s + np.where(np.isfinite(table.most_bps), table.head_bits / table.most_bps, 0.0)
+        head_s = np.where(np.isfinite(table.most_bps), table.head_bits / table.most_bps, 0.0)
+        text_s = table.text_token_s * slice_
+        self._sure_s = np.zeros(table.count)
+        """By when no link ends, even if there is nothing but itself."""
+        if hopeful:
+            # Of a text in several slices, prefill flows with the text from its beginning on.
+            text_s = np.maximum(np.where(table.tokens <= slice_, text_s, 0.0) - head_s, 0.0)
+            self._sure_s = self._chain_s(head_s, slice_) + table.order_s + after_s
+        ids_s = table.order_s + after_s + text_s + head_s
         first_s = np.where(self._open, begin_s + self._link_s * slice_ + after_s, np.inf)
         self._ids_s = self._earliest(ids_s) if hopeful else -self._earliest(-ids_s)
         self._first_s = self._earliest(first_s)
+
+    def _chain_s(self, head_s: Floats, slice_: Floats) -> Floats:
+        """What each link takes at least if there is nothing but itself, as text or with its shortest slice of cache."""
+        table = self._table
+        text_s = np.maximum(head_s, table.text_token_s * table.tokens)
+        text_s = text_s + table.prefill_s(table.tokens) * table.text_at_once(table.tokens)
+        way_s = self._link_s * slice_
+        made_s = np.maximum(head_s, table.produce_s(table.tokens) + self._encode_s * slice_)
+        cache_s = made_s + way_s + self._decode_s * slice_
+        return np.asarray(np.where(table.may_cache, np.minimum(text_s, cache_s), text_s))
 
     def _set_production(self, others_s: Floats, slice_: Floats, *, hopeful: bool) -> None:
         """A cache that is still to be made can be sent from its first slice on: the more of it, the earlier."""
@@ -145,20 +182,22 @@ class Relaxed:
         table, self._within_s = self._table, within_s
         ends_s = np.full(table.count, within_s) if limits_s is None else np.minimum(within_s, limits_s)
         ends_by_s = self._earliest(ends_s)
-        wanted_s = table.receivers.sums(self._prefill_s * table.tokens) + self._ids_s - ends_by_s
+        wanted_s = table.receivers.sums(self._prefills_s) + self._ids_s - ends_by_s
         window_s = ends_s - self._offset_s
         most = np.where(self._open, np.clip(self._most(ends_s, window_s), 0.0, table.tokens), 0.0)
-        if np.any(table.receivers.sums(self._gain_s * most) < wanted_s * (1 - 1e-12)):
+        short = table.receivers.sums(self._gain_s * most) < wanted_s * (1 - 1e-12)
+        if short.any() or np.any(ends_s < self._sure_s * (1 - 1e-12)):
             return Needed(most, fits=False)
         per_token_s = self._earlier_s - (0.0 if self._hopeful else self._slowly_s() / 2)
         share_s = self._bits / np.maximum(window_s + per_token_s * most, 1e-12)
         cached = most
         for _ in range(PRICINGS):
             cached = self._cheapest(wanted_s, most, self._costs(share_s))
-            cached = np.where(self._alone, table.sent_tokens(np.maximum(table.tokens - cached, 0.0)), cached)
+            cached = np.where(self._alone, self._whole(cached), cached)
             if np.any(cached > most * (1 + 1e-9)):
                 return Needed(cached, fits=False)
-            decoding_s = table.receivers.sums(self._decode_s * cached)
+            decoded = self._cheapest(wanted_s, most, self._decode_s) if self._hopeful else cached
+            decoding_s = table.receivers.sums(self._decode_s * decoded)
             if np.any(decoding_s > np.maximum(ends_by_s - self._first_s, 0.0) + 1e-12):
                 return Needed(cached, fits=False)
             used = self._hoped(cached * share_s) if self._hopeful else table.used(self._rates(cached, window_s))
@@ -168,7 +207,13 @@ class Relaxed:
             if self._simple or np.vdot(self._prices, used) > np.vdot(self._prices, table.free) * (1 + 1e-9):
                 return Needed(cached, fits=False)
             self._prices = self._prices * np.clip(over, 0.25, 4.0)
-        return Needed(cached, fits=False)
+        # No prices prove that channels can't hold it.
+        return Needed(cached, fits=self._hopeful)
+
+    def _whole(self, cached: Floats) -> Floats:
+        """In whole slices; hopefully what rounding adds to one begins no other."""
+        own = self._table.tokens - cached + (1e-6 if self._hopeful else 0.0)
+        return self._table.sent_tokens(np.maximum(own, 0.0))
 
     def _ordered(self, ratio: Floats) -> Ints:
         """Links by receiver, the cheapest first; while one T is searched for, an order that has hardly changed."""

@@ -104,7 +104,6 @@ class Shares:
         self.scenario = scenario
         self.table = table or Table(scenario)
         self._coded: dict[bytes, tuple[Floats, Floats, Floats]] = {}
-        self._text_order = self._order(self.table.order_s)
         self._tightest = np.zeros(self.table.count, dtype=np.intp)
 
     @property
@@ -142,7 +141,7 @@ class Shares:
         slices_s = self._behind(np.where(carries, decode_token_s * first, 0.0), order)
         decodes_s = self._behind(decode_s, order)
         text_s = table.order_s + table.text_token_s * own * (1 - table.text_at_once(own))
-        order = self._order(text_s) if table.generated.any() else np.broadcast_to(self._text_order, text_s.shape)
+        order = self._ids_order(np.broadcast_to(text_s, sent.shape), carries, prefill_s)
         works_s = self._behind(prefill_s, order) + table.receivers.sums(decode_s)[..., table.receivers.index]
         back_s = table.back_s + table.after_s
         text_ready_s = table.order_s + table.text_token_s * own
@@ -167,8 +166,19 @@ class Shares:
         return Rows(bits, np.stack(offsets))
 
     def _order(self, moment_s: Floats) -> Ints:
-        receiver = np.broadcast_to(self.table.receivers.index, moment_s.shape)
-        return np.asarray(np.lexsort((moment_s, receiver), axis=-1))
+        receiver, tokens = np.broadcast_arrays(self.table.receivers.index, -self.table.tokens, moment_s)[:2]
+        return np.asarray(np.lexsort((tokens, moment_s, receiver), axis=-1))
+
+    def _ids_order(self, text_s: Floats, carries: Flags, prefill_s: Floats) -> Ints:
+        """In which a receiver's links owe it their ids: any order will do, and the first are needed the earliest.
+
+        As the texts are there; of those that are there at once, first links whose rates are high anyway, for the cache
+        behind the ids, then the longest prefill.
+        """
+        if self.table.receivers.alone:
+            return np.broadcast_to(np.arange(self.table.count), text_s.shape)
+        receiver = np.broadcast_to(self.table.receivers.index, text_s.shape)
+        return np.asarray(np.lexsort((-prefill_s, ~carries, text_s, receiver), axis=-1))
 
     def _behind(self, work_s: Floats, order: Ints) -> Floats:
         """What a receiver does from each link on, in an order."""
