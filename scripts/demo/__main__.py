@@ -110,7 +110,7 @@ async def _ask(running: Stage, act: Act, question: Question, policy: str) -> Pla
         sources=[f"{agent}:{SENDERS[agent]}" for agent in question.sources],
         receiver=RECEIVER,
         policy=policy,
-        deadline_s=act.deadline_s,
+        quality_floor=act.quality_floor,
     )
     running.programs.check()
     played = Played(act=act.title, policy=policy, right=question.right(report.answer), report=report)
