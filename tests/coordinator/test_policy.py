@@ -98,9 +98,7 @@ def test_raising_rungs_stays_within_the_tie_fraction_and_never_lowers_quality(po
     stage_1 = POLICIES[policy].choose(shares)  # type: ignore[attr-defined]
     plan = POLICIES[policy].plan(scenario)
     assert plan.predicted_e2e_s <= stage_1.prediction.e2e_s * (1 + scenario.tie_fraction) + 1e-9
-    links = {link.context_id: link for link in scenario.links}
-    for planned in plan.links:
-        link = links[planned.context_id]
+    for link, planned in zip(sorted(scenario.links, key=lambda link: link.request), plan.links, strict=True):
         if planned.medium != "tokens":
             assert planned.kl <= link.rungs[0].kl
             assert planned.rung in {rung.name for rung in link.rungs}

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from broker_config.messages import CodecSpeed, Speed
-from coordinator.latency import Link, RequestTerms, Scenario
+from coordinator.latency import RequestTerms, Scenario
 from coordinator.numbers import Floats
 from coordinator.policy.rungs import allowed_rungs
 from coordinator.policy.shares import Shares
@@ -128,11 +128,6 @@ def linear(scenario: Scenario, **changes: object) -> Scenario:
     """The same under A1-A5, but for what is changed: airtime, text at hand, one rung a link, no slices."""
     links = tuple(replace(link, generated=False, rungs=link.rungs[:1], snr=0.0) for link in scenario.links)
     return replace(scenario, links=links, slice_tokens=None, tie_fraction=0.0, **changes)  # type: ignore[arg-type]
-
-
-def alone(link: Link) -> float:
-    """Bits per second that a link has to itself."""
-    return 1 / sum(1 / bps for _, bps in link.channels)
 
 
 def random_split(shares: Shares, seed: int) -> Floats:

@@ -1,0 +1,225 @@
+"""The optimum policy among the others: never later, never slower for more, the same in any order, and executable."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from broker_config.messages import Speed
+from coordinator.latency import TIE_FRACTION, Scenario
+from coordinator.policy import POLICIES, Plan
+from coordinator.policy.jmsra import binary_choices
+from coordinator.policy.optimum import optimum, rounded
+from coordinator.policy.shares import Allocation, Shares
+from tests.coordinator.builders import LADDER, make_link, scenario_of
+from tests.coordinator.wild import wild_scenario
+
+EQUAL = 1e-9
+SEARCH = 1e-6
+"""Moves that gain less aren't made."""
+OTHERS = ("token", "kv", "jmsra")
+
+
+def e2e_s(scenario: Scenario) -> float:
+    return optimum(Shares(scenario)).e2e_s
+
+
+def check_executable(scenario: Scenario, found: Allocation) -> None:
+    """Rates finite, and positive where anything was measured; channels held; tokens in range; media allowed."""
+    shares = Shares(scenario)
+    rates, own = found.course.rates[:, 0], found.own
+    assert np.isfinite(rates).all()
+    assert np.all((rates > 0) == shares.table.measured)
+    assert np.all(shares.table.used(rates) <= shares.table.free * (1 + EQUAL))
+    assert np.all((own >= 0) & (own <= shares.table.tokens) & (own == np.round(own)))
+    assert np.all(shares.may_cache | (own == shares.table.tokens))
+    for link, decision in zip(scenario.links, found.decisions, strict=True):
+        assert decision.own_tokens == link.tokens or decision.rung in link.rungs
+    assert np.isfinite(found.e2e_s)
+    assert found.e2e_s <= found.within_s * (1 + EQUAL)
+
+
+def check_earliest(scenario: Scenario) -> None:
+    shares = Shares(scenario)
+    found = optimum(shares)
+    check_executable(scenario, found)
+    for own in binary_choices(shares, searched=True):
+        assert found.e2e_s <= shares.allocate(own).e2e_s * (1 + EQUAL)
+
+
+@pytest.mark.parametrize("seed", range(600))
+def test_it_is_never_later_than_all_tokens_all_caches_or_jmsra(seed: int) -> None:
+    check_earliest(wild_scenario(seed))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3_600)
+@pytest.mark.parametrize("block", range(100))
+def test_it_is_never_later_in_ten_thousand_scenarios(block: int) -> None:
+    for seed in range(1_000 + 100 * block, 1_100 + 100 * block):
+        check_earliest(wild_scenario(seed))
+
+
+@given(st.integers(0, 2**31), st.integers(1, 6), st.booleans())
+def test_it_is_never_later_in_whatever_is_drawn(seed: int, links: int, complete: bool) -> None:
+    check_earliest(wild_scenario(seed, links=links, complete=complete))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_it_is_never_later_where_channels_are_shared_in_frequency(seed: int) -> None:
+    check_earliest(wild_scenario(seed, links=1 + seed % 4, fdma=True))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_it_is_never_later_than_tokens_or_caches_in_rounds_of_many_links(seed: int) -> None:
+    scenario = wild_scenario(seed, links=20 + seed)
+    shares = Shares(scenario)
+    found = optimum(shares)
+    check_executable(scenario, found)
+    for own in binary_choices(shares, searched=False):
+        assert found.e2e_s <= shares.allocate(own).e2e_s * 1.0002  # choices of many links are compared roughly
+
+
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_a_link_that_may_only_be_text_stays_text_whatever_its_length_in_slices(size: int) -> None:
+    """71 tokens are nearer to two slices of 32 than to three; they are no cache for that."""
+    links = [make_link(tokens=tokens, sender=f"pi-{tokens}", rungs=()) for tokens in (1, 71, 100)]
+    shares = Shares(scenario_of(links, slice_tokens=size))
+    for own in rounded(shares, shares.table.tokens):
+        assert np.array_equal(own, shares.table.tokens)
+
+
+def plans(scenario: Scenario) -> tuple[Plan, Iterator[Plan]]:
+    return POLICIES["optimum"].plan(scenario), (POLICIES[name].plan(scenario) for name in OTHERS)
+
+
+@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("tie", [0.0, TIE_FRACTION])
+def test_its_plan_with_rungs_raised_is_no_later_than_any_other_by_more_than_a_tie(seed: int, tie: float) -> None:
+    scenario = replace(wild_scenario(seed), tie_fraction=tie)
+    free = tuple(replace(terms, deadline_s=None) for terms in scenario.requests)
+    mine, others = plans(replace(scenario, requests=free))
+    for other in others:
+        assert mine.predicted_e2e_s <= other.predicted_e2e_s * (1 + tie) * (1 + SEARCH)
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_a_round_that_any_policy_ends_by_its_one_deadline_it_ends_by_it(seed: int) -> None:
+    """One deadline for all requests: several are not weighed against each other, the slowest counts."""
+    scenario = wild_scenario(seed)
+    fastest_s = e2e_s(scenario)
+    deadline_s = fastest_s * random.Random(seed).choice([0.8, 1.0 + EQUAL, 1.1, 1.5])
+    requests = tuple(replace(terms, deadline_s=deadline_s) for terms in scenario.requests)
+    mine, others = plans(replace(scenario, requests=requests))
+    for other in others:
+        if all(request.meets_deadline for request in other.requests):
+            assert all(request.late_s <= deadline_s * EQUAL for request in mine.requests)
+
+
+def test_of_several_deadlines_it_seldom_misses_one_that_another_policy_keeps() -> None:
+    """It ends the round as early as can be, and does not weigh one request's deadline against another's.
+
+    Measured over 600 scenarios, 312 of them with deadlines: one where `token` keeps a deadline that it misses.
+    """
+    missed = 0
+    for seed in range(250, 350):
+        mine, others = plans(wild_scenario(seed))
+        pairs = [pair for other in others for pair in zip(mine.requests, other.requests, strict=True)]
+        missed += any(theirs.meets_deadline and not own.meets_deadline for own, theirs in pairs)
+    assert missed <= 1
+
+
+def faster(speed: Speed | None, factor: float) -> Speed | None:
+    return speed and msgspec.structs.replace(
+        speed,
+        prefill_fixed_s=speed.prefill_fixed_s / factor,
+        prefill_tps=speed.prefill_tps * factor,
+        prefill_s_per_token2=speed.prefill_s_per_token2 / factor,
+        decode_tps=speed.decode_tps * factor,
+        encode_elements_per_s=speed.encode_elements_per_s * factor,
+        decode_elements_per_s=speed.decode_elements_per_s * factor,
+        codecs=tuple(
+            msgspec.structs.replace(
+                codec,
+                encode_elements_per_s=codec.encode_elements_per_s * factor,
+                decode_elements_per_s=codec.decode_elements_per_s * factor,
+            )
+            for codec in speed.codecs
+        ),
+    )
+
+
+def better(scenario: Scenario, seed: int) -> Iterator[tuple[str, Scenario]]:
+    """The scenario with one thing better: a link, a channel, a receiver, a sender."""
+    dice = random.Random(seed)
+    index, factor = dice.randrange(len(scenario.links)), dice.uniform(1.05, 4)
+    one = scenario.links[index]
+
+    channels = tuple((name, bps * factor) for name, bps in one.channels)
+    quick = replace(one, link_bps=one.link_bps * factor, channels=channels)
+    yield "link", replace(scenario, links=(*scenario.links[:index], quick, *scenario.links[index + 1 :]))
+    yield "airtime", replace(scenario, airtime_free={})
+    quicker = tuple(
+        replace(link, receiver_speed=faster(link.receiver_speed, factor)) if link.receiver == one.receiver else link
+        for link in scenario.links
+    )
+    yield "receiver", replace(scenario, links=quicker)
+    quicker = tuple(
+        replace(link, sender_speed=faster(link.sender_speed, factor)) if link.sender == one.sender else link
+        for link in scenario.links
+    )
+    yield "sender", replace(scenario, links=quicker)
+
+
+NOT_MONOTONE = 1e-3
+"""Measured over 400 scenarios: one of 1,489 changes made the round later, by 0.02 % (a greedy start that ends elsewhere
+and moves of whole slices that don't come back from it)."""
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_whatever_gets_better_the_round_is_not_later(seed: int) -> None:
+    scenario = wild_scenario(seed, complete=True)
+    before_s = e2e_s(scenario)
+    for what, after in better(scenario, seed):
+        assert e2e_s(after) <= before_s * (1 + NOT_MONOTONE), what
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_tighter_rung_allowed_never_makes_the_round_later_where_coding_takes_as_long_at_all(seed: int) -> None:
+    """But one out of a coded cache may: it is decoded first (`Link.kept`), and stage one is on the tightest."""
+    scenario = wild_scenario(seed, complete=True)
+    links = tuple(
+        replace(link, kept=None, sender_speed=_alike(link.sender_speed), receiver_speed=_alike(link.receiver_speed))
+        for link in scenario.links
+    )
+    before_s = e2e_s(replace(scenario, links=links))
+    more = tuple(replace(link, rungs=tuple(reversed(LADDER))) for link in links)
+    assert e2e_s(replace(scenario, links=more)) <= before_s * (1 + NOT_MONOTONE)
+
+
+def _alike(speed: Speed | None) -> Speed | None:
+    return speed and msgspec.structs.replace(speed, codecs=())
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_the_order_of_links_changes_nothing(seed: int) -> None:
+    scenario = wild_scenario(seed, complete=True)
+    senders = [f"{link.sender}-{index}" for index, link in enumerate(scenario.links)]
+    links = tuple(replace(link, sender=sender) for link, sender in zip(scenario.links, senders, strict=True))
+    order = list(range(len(links)))
+    random.Random(seed).shuffle(order)
+    there = optimum(Shares(replace(scenario, links=links)))
+    shuffled = tuple(links[index] for index in order)
+    back = optimum(Shares(replace(scenario, links=shuffled)))
+    assert back.e2e_s == pytest.approx(there.e2e_s, rel=SEARCH)
+    same = np.empty_like(back.own)
+    same[order] = back.own
+    tied = Shares(replace(scenario, links=links)).allocate(same)
+    assert tied.e2e_s == pytest.approx(there.e2e_s, rel=SEARCH)
