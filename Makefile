@@ -71,6 +71,10 @@ bench: $(STAMP)  ## Measure codec, bus and links on this machine; tables under b
 	$(BIN)/python -m scripts.prepare_model
 	$(BIN)/python -m scripts.bench $(ARGS)
 
+.PHONY: policies
+policies: $(STAMP)  ## Compute what planning is worth, without any model; figures under build/policies/.
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.policies $(ARGS)
+
 .PHONY: clean
 clean:  ## Remove .venv, build/ and caches of tools (not the model cache, see README).
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -35,8 +35,8 @@ HEADER_BYTES = 600
 """Header, slice digests and trailer of a payload, whatever it carries."""
 EXACT_RUNG = "float32"
 """At which a cache is kept that was never coded."""
-TIE_FRACTION = 0.10
-"""Two E2E this close are one for the planner: it is below the model's own prediction error."""
+TIE_FRACTION = 0.03
+"""Two E2E this close are one for the planner, and quality decides: far below what its predictions are off."""
 
 
 @dataclass(frozen=True, kw_only=True)

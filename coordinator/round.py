@@ -285,6 +285,7 @@ class Round:
             tokens=source.tokens,
             own_tokens=source.own_tokens,
             meet=source.meet,
+            due_s=source.arrive_s if source.meet and source.known else 0.0,
             rung=source.rung,
             text_holders=tuple(self.holders.get(source.context_id, ())),
         )

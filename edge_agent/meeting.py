@@ -16,8 +16,12 @@ from edge_agent.precedence import Seat
 LEAST_TOKENS = 16
 """Fewer are not computed where a slice is due: a run has a price of its own, whatever it computes."""
 PATIENCE_S = 0.5
-"""So long a cache that was expected to win is waited for before anything of it has come."""
+"""So long what was planned to come is waited for."""
 UNMEASURED_TPS = 100.0
+DELAYED = 0.3
+"""A transfer that will be later than planned by this share of the time it was to take, and by PATIENCE_S, is late."""
+LOOKS_S = 0.02
+"""Of a transfer that is waited for, so often at most it is looked whether it is late."""
 
 
 class Source(Protocol):
@@ -36,12 +40,14 @@ class Source(Protocol):
 @dataclass(frozen=True)
 class Bid:
     """What this end is to do. own_tokens: so many leading tokens it is planned to compute; meet: it goes on behind
-    them while the others are on their way.
+    them while the others are on their way; due_s: but, where that is known, not as long as they come as planned, all
+    by then (on the loop's clock): what is computed beside decoding and others' work has its price.
     """
 
     ids: Sequence[int]
     own_tokens: int
     meet: bool
+    due_s: float | None = None
 
 
 class Meeting:
@@ -55,7 +61,8 @@ class Meeting:
     def __init__(self, engine: Engine, source: Source, seat: Seat, bid: Bid, *, asker: str) -> None:
         self._engine, self._source, self._seat, self._bid, self._asker = engine, source, seat, bid, asker
         self._clock = asyncio.get_running_loop().time
-        self._arrivals = Arrivals(self._clock())
+        self._began_s = self._clock()
+        self._arrivals = Arrivals(self._began_s)
         self._here: dict[int, Cache] = {}
         """Slices by their first token, behind what is covered."""
         self._covered = 0
@@ -143,6 +150,8 @@ class Meeting:
         """The same where both ends go on until they meet."""
         now_s, own_tps = self._clock(), self._own_tps()
         come_tps = self._arrivals.tps(now_s)
+        if not planned and self._in_time(gap, come_tps, now_s):
+            return 0
         if self._unknown():
             come_tps = 0.0
         elif planned and not self._arrivals.any:  # as it was planned
@@ -151,6 +160,17 @@ class Meeting:
         if now_s >= self._late_s():
             return max(worth, min(gap, LEAST_TOKENS))
         return 0 if self._unknown() or worth < LEAST_TOKENS else worth
+
+    def _in_time(self, gap: int, come_tps: float, now_s: float) -> bool:
+        """Whether the others come as planned, or before a chunk could be computed, as far as can be seen."""
+        if self._bid.due_s is None:
+            return False
+        if not self._arrivals.shown:
+            return now_s <= self._bid.due_s + PATIENCE_S
+        comes_s = gap / max(come_tps, 1e-9)
+        soon = comes_s <= self._engine.model.prefill_chunk / self._own_tps()
+        slack_s = max(PATIENCE_S, DELAYED * (self._bid.due_s - self._began_s))
+        return soon or now_s + comes_s <= self._bid.due_s + slack_s
 
     def _unknown(self) -> bool:
         """Whether nothing says yet how fast a cache comes that was expected to win."""
@@ -200,7 +220,7 @@ class Meeting:
         """For a slice, a turn before others, or the time when what is due is late."""
         begin_s = self._clock()
         held_up = self._wanted() > 0
-        timeout_s = None if held_up or not self._bid.meet else max(0.0, self._late_s() - begin_s)
+        timeout_s = None if held_up or not self._bid.meet else max(LOOKS_S, self._late_s() - begin_s)
         self._seat.news.clear()
         try:
             async with asyncio.timeout(timeout_s):

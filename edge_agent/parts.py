@@ -220,7 +220,9 @@ class Parts:
         """Of slices and of what is computed here."""
         meet = progress.part.meet and header.entries > 0
         own_tokens = max(header.own_tokens, progress.part.own_tokens) if meet else header.own_tokens
-        meeting = Meeting(self._engine, reception, seat, Bid(header.ids(), own_tokens, meet), asker=order.asker)
+        due_s = reception.began_s + progress.part.due_s if progress.part.due_s else None
+        bid = Bid(header.ids(), own_tokens, meet, due_s)
+        meeting = Meeting(self._engine, reception, seat, bid, asker=order.asker)
         try:
             await meeting.run()
         finally:

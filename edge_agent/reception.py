@@ -42,6 +42,7 @@ class Reception:
         self.payload_bytes = self.first_bytes = self.decoded_elements = 0
         self.decode_s = self.receive_s = 0.0
         self._start = time.perf_counter()
+        self.began_s = asyncio.get_running_loop().time()
         self._slices: list[tuple[int, Cache]] = []
         self._accepted: asyncio.Future[Header] = asyncio.get_running_loop().create_future()
         self._task = asyncio.create_task(self._run(timeout_s), name=f"reception of {incoming.transfer}")

@@ -13,6 +13,7 @@ from coordinator import errors as coordinator
 from edge_agent import errors as agent
 from scripts.evaluate import errors as evaluation
 from scripts.link import errors as link
+from scripts.policies import errors as policies
 from scripts.prepare_model import errors as preparation
 
 ROOTS: dict[ModuleType, type[Exception]] = {
@@ -21,6 +22,7 @@ ROOTS: dict[ModuleType, type[Exception]] = {
     coordinator: coordinator.CoordinatorError,
     evaluation: evaluation.EvaluationError,
     link: link.LinkError,
+    policies: policies.PoliciesError,
     preparation: preparation.PreparationError,
 }
 packages = pytest.mark.parametrize("module", ROOTS, ids=lambda module: module.__name__)

@@ -117,8 +117,10 @@ class SendOrder(Message, frozen=True, kw_only=True, tag="send"):
 class Part(Struct, frozen=True, kw_only=True):
     """One context of a question: which transfer brings it, and who holds its text if the transfer fails.
 
-    own_tokens, meet: as in the sender's order. text_holders in the order to be asked. The entry "coordinator" stands
-    for the coordinator itself, which keeps the texts that were given to it; agents' ids may not be that word.
+    own_tokens, meet: as in the sender's order; due_s: when all of it is planned to be there, from the order on, up to
+    which the receiver computes no more than own_tokens if it comes as planned. text_holders in the order to be asked.
+    The entry "coordinator" stands for the coordinator itself, which keeps the texts that were given to it; agents' ids
+    may not be that word.
     """
 
     transfer: Id
@@ -127,6 +129,7 @@ class Part(Struct, frozen=True, kw_only=True):
     tokens: Tokens
     own_tokens: Tokens
     meet: bool = False
+    due_s: Seconds = 0.0
     rung: RungName
     text_holders: Annotated[tuple[AgentId, ...], Meta(max_length=64)] = ()
 

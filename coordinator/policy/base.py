@@ -130,7 +130,7 @@ class StagedPolicy:
 
     name: str
     meets = False
-    """Whether both ends of a link that carries a cache go on until they meet."""
+    """Whether both ends of a split link go on until they meet."""
 
     def choose(self, shares: Shares) -> Allocation:
         """What each link carries, with its rates, on the tightest rungs."""
@@ -233,6 +233,6 @@ def _link_plan(scenario: Scenario, index: int, decision: Decision, prediction: P
         arrive_s=prediction.arrive_s[index],
         known=link.known,
         note=link.note,
-        meet=meets and decision.own_tokens < link.tokens,
+        meet=meets and 0 < decision.own_tokens < link.tokens,
         later_rates=tuple(RateStep(after_s=at, rate_bps=rate) for at, rate in decision.later),
     )

@@ -4,7 +4,8 @@ A receiver prefills the first tokens of each context itself while the entries of
 and cache are the ends of that. The split comes from the relaxed programme (`relaxed`), rounded to whole slices, and is
 compared, by the min-max allocation of rates, with all tokens, all caches, and what JMSRA finds among these; on rounds
 of few links the best is then improved by moving slices, alone and between two links, until nothing is gained. So it
-is never later than any of those. Then rungs are raised with the time that is left.
+is never later than any of those (of many links JMSRA's search takes too long: there it is later now and then). Then
+rungs are raised with the time that is left.
 
 Exact under A1-A5 but for whole tokens. Where it isn't, `Plan.bound_s` says below which E2E no plan of constant rates
 is.
@@ -42,7 +43,12 @@ class OptimumPolicy(StagedPolicy):
     meets = True
 
     def choose(self, shares: Shares) -> Allocation:
-        """The best splits found."""
+        """The best splits found; where all have deadlines that text keeps, text: lossless, in the fewest bytes."""
+        deadlines_s = [terms.deadline_s for terms in shares.scenario.requests]
+        if None not in deadlines_s:
+            text = shares.allocate(shares.table.tokens)
+            if np.all(text.found.request_e2e_s <= np.array(deadlines_s, dtype=np.float64)):
+                return text
         return optimum(shares)
 
     def bound_s(self, shares: Shares, chosen: Allocation) -> float:

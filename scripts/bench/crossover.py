@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from msgspec import Struct
 
-from broker_config.messages import Rung, Speed
+from broker_config.messages import SLICE_TOKENS, Rung, Speed
 from coordinator.latency import Link, RequestTerms, Scenario
 from coordinator.policy import get_policy
 
@@ -26,7 +26,7 @@ class Crossover(Struct, frozen=True, kw_only=True):
 
 def crossover(speed: Speed, elements_per_token: int, ladder: tuple[Rung, ...]) -> Crossover:
     """One link of CONTEXT_TOKENS tokens at the default quality floor, sender's cache ready."""
-    e2e_s: dict[str, list[float]] = {"token": [], "kv": [], "jmsra": []}
+    e2e_s: dict[str, list[float]] = {"token": [], "kv": [], "jmsra": [], "optimum": []}
     for mbps in RATES_MBPS:
         bps = float(mbps) * 1e6
         link = Link(
@@ -49,7 +49,7 @@ def crossover(speed: Speed, elements_per_token: int, ladder: tuple[Rung, ...]) -
             rungs=tuple(sorted((r for r in ladder if r.kl <= 0.02), key=lambda r: r.bits_per_element)),
         )
         terms = RequestTerms(request="0" * 16, receiver="b", question_tokens=QUESTION_TOKENS)
-        scenario = Scenario(requests=(terms,), links=(link,), tie_fraction=0.0)
+        scenario = Scenario(requests=(terms,), links=(link,), slice_tokens=SLICE_TOKENS, tie_fraction=0.0)
         for policy, seconds in e2e_s.items():
             seconds.append(get_policy(policy).plan(scenario).predicted_e2e_s)
     return Crossover(
@@ -67,7 +67,12 @@ def plot(found: Crossover, path: Path) -> None:
     import matplotlib.pyplot as plt  # noqa: PLC0415
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    styles = {"token": ("#b5651d", "tokens", 2), "kv": ("#1f6f8b", "cache", 2), "jmsra": ("#222222", "jmsra", 1)}
+    styles = {
+        "token": ("#b5651d", "tokens", 2),
+        "kv": ("#1f6f8b", "cache", 2),
+        "jmsra": ("#222222", "jmsra", 1),
+        "optimum": ("#3a7d44", "optimum", 2),
+    }
     for policy, (colour, label, width) in styles.items():
         line = "--" if policy == "jmsra" else "-"
         axes.plot(found.rates_mbps, found.e2e_s[policy], line, color=colour, linewidth=width, label=label)

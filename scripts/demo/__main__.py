@@ -22,7 +22,7 @@ from rich.table import Table
 from broker_config.errors import BusError
 from broker_config.messages import RoundReport
 from coordinator.errors import CoordinatorError
-from coordinator.show import outcome_lines, plan_lines, seconds, size
+from coordinator.show import medium, outcome_lines, plan_lines, seconds, size
 from edge_agent.errors import AgentError
 from scripts.demo.processes import DemoFailed
 from scripts.demo.script import RECEIVER, SENDERS, Act, Question, acts
@@ -31,7 +31,9 @@ from scripts.prepare_model import default_bundle
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
 POLICIES = ("optimum", "jmsra", "token", "kv")
-"""The first is told in full; the others answer the same questions under the same links, memory and quality floor."""
+"""The first is told in full; the others answer the same question under the same links, memory and quality floor."""
+FIXED = ("token", "kv")
+"""Against the faster of which each question's E2E is held."""
 
 
 class Played(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,12 +49,13 @@ def main(
     keep: Annotated[
         bool, typer.Option("--keep", help="Leave it running afterwards, to ask questions of your own.")
     ] = False,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Ask everything so many times.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything measured to this file.")] = None,
 ) -> None:
     """Three agents with a real model answer questions over shaped links: what travels, how big, how fast, how right."""
     logging.getLogger().addHandler(logging.NullHandler())  # what matters is printed
     try:
-        asyncio.run(_run(keep, json_file))
+        asyncio.run(_run(keep, rounds, json_file))
     except (DemoFailed, AgentError, BusError, CoordinatorError, OSError) as error:
         console.print(f"demo: {error}")
         raise typer.Exit(1) from None
@@ -61,7 +64,7 @@ def main(
         raise typer.Exit(130) from None
 
 
-async def _run(keep: bool, json_file: Path | None) -> None:
+async def _run(keep: bool, rounds: int, json_file: Path | None) -> None:
     start = time.monotonic()
     bundle = default_bundle()
     play = acts()
@@ -70,7 +73,7 @@ async def _run(keep: bool, json_file: Path | None) -> None:
         console.print("starting an embedded broker, a coordinator, and agents pi-1, pi-2 and jetson-1 …")
         async with stage(bundle, folder, play[0], lambda line: console.print(f"  {line}")) as running:
             console.print(f"all ready after {time.monotonic() - start:.0f} s\n")
-            played = [each for act in play for each in await _play(running, act)]
+            played = [each for act in play for each in await _play(running, act, rounds)]
             console.print(_closing_table(played))
             if json_file:
                 record = msgspec.json.format(msgspec.json.encode(_record(played, start)))
@@ -81,8 +84,8 @@ async def _run(keep: bool, json_file: Path | None) -> None:
                 await _stay(running, folder)
 
 
-async def _play(running: Stage, act: Act) -> list[Played]:
-    """One act: its questions under every policy, all under the same links and memory."""
+async def _play(running: Stage, act: Act, rounds: int) -> list[Played]:
+    """One act: each of its questions under every policy in turn, all under the same links and memory."""
     rates = ", ".join(f"{agent} {mbps:g}" for agent, mbps in act.rates_mbps.items())
     console.print(f"── {act.title} (links set to {rates} Mbit/s)")
     await running.set_links(act)
@@ -93,10 +96,10 @@ async def _play(running: Stage, act: Act) -> list[Played]:
     if act.fill is not None or act.tighten:
         console.print(f"   {running.kept()}")
     played: list[Played] = []
-    for policy in POLICIES:
-        if policy != POLICIES[0]:
-            console.print(f"   the same under policy {policy}:")
-        played += [await _ask(running, act, question, policy) for question in act.questions]
+    for number in range(rounds):
+        for question in act.questions:
+            turn = number % len(POLICIES)  # nobody is always first
+            played += [await _ask(running, act, question, policy) for policy in POLICIES[turn:] + POLICIES[:turn]]
     console.print()
     return played
 
@@ -107,18 +110,18 @@ async def _ask(running: Stage, act: Act, question: Question, policy: str) -> Pla
         sources=[f"{agent}:{SENDERS[agent]}" for agent in question.sources],
         receiver=RECEIVER,
         policy=policy,
-        deadline_s=act.deadline_s,
+        quality_floor=act.quality_floor,
     )
     running.programs.check()
     played = Played(act=act.title, policy=policy, right=question.right(report.answer), report=report)
     verdict = "right" if played.right else f"WRONG, expected {question.expected[0]}"
     if report.state != "answered":
         verdict = f"{report.state}: {report.reason}"
-    media = ", ".join(f"{link.sender} {_medium(link)}" for link in report.links)
+    media = ", ".join(f"{link.sender} {medium(link)}" for link in report.links)
     if policy != POLICIES[0]:
         console.print(
-            f"      E2E {seconds(report.e2e_s)} (predicted {report.predicted_e2e_s:.2f} s) {media}: "
-            f"{question.question} {report.answer!r} {verdict}"
+            f"      {policy}: E2E {seconds(report.e2e_s)} (predicted {report.predicted_e2e_s:.2f} s), {media}: "
+            f"{report.answer!r} {verdict}"
         )
         return played
     console.print(f"   {question.question}")
@@ -128,17 +131,14 @@ async def _ask(running: Stage, act: Act, question: Question, policy: str) -> Pla
     return played
 
 
-def _medium(link: Any) -> str:
-    return "tokens" if link.medium == "tokens" else link.rung
-
-
 def _wire_bytes(report: RoundReport) -> int:
     return sum(link.wire_bytes or 0 for link in report.links)
 
 
 def _closing_table(played: list[Played]) -> Table:
     table = Table(title="by policy: the same questions, links, memory and quality floor")
-    for column in ("policy", "mean E2E", "worst E2E", "predicted within", "on the wire", "right", "fallbacks"):
+    columns = ("policy", "mean E2E", "worst", "÷ best fixed", "predicted within", "splits", "on the wire", "right")
+    for column in columns:
         table.add_column(column, justify="left" if column == "policy" else "right")
     for policy in POLICIES:
         mine = [each for each in played if each.policy == policy]
@@ -150,12 +150,22 @@ def _closing_table(played: list[Played]) -> Table:
             policy,
             seconds(statistics.mean(e2e)),
             seconds(max(e2e)),
+            f"{statistics.median(_against_fixed(played, policy)):.2f}",
             f"{statistics.median(errors):.0%}",
+            str(sum(any(link.medium == "split" for link in each.report.links) for each in mine)),
             size(sum(_wire_bytes(each.report) for each in mine)),
             f"{sum(each.right for each in mine)} of {len(mine)}",
-            str(sum(each.report.fallbacks for each in mine)),
         )
     return table
+
+
+def _against_fixed(played: list[Played], policy: str) -> list[float]:
+    """E2E of each question under a policy over the lower of those under the fixed ones, asked right before or after."""
+    by_policy = {
+        name: [each.report.e2e_s for each in played if each.policy == name] for name in dict.fromkeys((policy, *FIXED))
+    }
+    rows = zip(by_policy[policy], *(by_policy[name] for name in FIXED), strict=True)
+    return [mine / min(fixed) for mine, *fixed in rows if mine is not None and None not in fixed]
 
 
 def _record(played: list[Played], start: float) -> dict[str, Any]:

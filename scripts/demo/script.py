@@ -9,6 +9,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
+from broker_config.messages import DEFAULT_QUALITY_FLOOR
 from coordinator.policy import PressureCaps
 
 DOCUMENTS = Path(__file__).parent / "documents"
@@ -20,6 +21,8 @@ FILLED = "pi-2"
 """The agent whose cache budget is filled while the demo runs."""
 CACHE_BUDGET_MB = 72.0
 MEGABIT = 1e6
+STRICT = 0.005
+"""A quality floor that klt2 keeps and klt3 does not."""
 SECTION_WORDS = 90
 """Small enough that a memory fills in steps of a few per cent."""
 
@@ -48,11 +51,11 @@ class Act(Struct, frozen=True, kw_only=True):
     questions: tuple[Question, ...]
     fill: float | None = None
     tighten: bool = False
-    deadline_s: float | None = None
+    quality_floor: float = DEFAULT_QUALITY_FLOOR
 
 
 def acts() -> tuple[Act, ...]:
-    """Eight questions, from links on which tokens win to links on which caches do, then a filling memory."""
+    """Eleven questions, from slow links to fast ones, then a stricter one under a filling memory."""
     path = DOCUMENTS / "questions.json"
     asked = msgspec.json.decode(path.read_bytes(), type=tuple[Question, ...])
     one, two = [q for q in asked if len(q.sources) == 1], [q for q in asked if len(q.sources) > 1]
@@ -61,35 +64,34 @@ def acts() -> tuple[Act, ...]:
     caps = PressureCaps()
     return (
         Act(
-            title="slow links: tokens are faster",
+            title="slow links: a split is faster than tokens and than a cache",
             rates_mbps={"pi-1": 4.0, "pi-2": 6.0, RECEIVER: 10.0},
             questions=(one[0], one[3], two[0]),
         ),
         Act(
-            title="one link gets fast: the medium differs by link",
+            title="one link gets fast: what travels differs by link",
             rates_mbps={"pi-1": 120.0, "pi-2": 5.0, RECEIVER: 200.0},
             questions=(one[1], two[1]),
         ),
         Act(title="fast links: caches are faster", rates_mbps=fast, questions=(one[2], one[4], two[2])),
         Act(
-            title=f"the same links and a deadline of 3 s, to be spent on quality; {FILLED}'s memory is free",
+            title=f"the same links and a question that matters more: at most {STRICT} nats lost",
             rates_mbps=fast,
             questions=(memory,),
-            deadline_s=3.0,
+            quality_floor=STRICT,
         ),
         Act(
-            title=f"pages fill {FILLED}'s memory past 0.70: at most {caps.at_most(0.70):g} bits an element",
+            title=f"pages fill {FILLED}'s memory past 0.70: at most {caps.at_most(0.70):g} bits an element, too few",
             rates_mbps=fast,
             questions=(memory,),
             fill=0.70,
-            deadline_s=3.0,
+            quality_floor=STRICT,
         ),
         Act(
             title=f"more pages than {FILLED} has room for: caches tighten where they are kept, longest unused first",
             rates_mbps=fast,
             questions=(memory,),
             tighten=True,
-            deadline_s=3.0,
         ),
     )
 

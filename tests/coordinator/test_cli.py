@@ -168,7 +168,7 @@ def test_a_policy_that_does_not_exist_is_one_line(tmp_path: Path) -> None:
     with process("run", "-c", path) as running:
         out, err = running.communicate(timeout=PROCESS_S)
     assert (running.returncode, out) == (1, "")
-    assert err == "coordinator: no policy is called best: choose one of jmsra, kv, token\n"
+    assert err == "coordinator: no policy is called best: choose one of jmsra, kv, optimum, token\n"
 
 
 @pytest.mark.parametrize(
