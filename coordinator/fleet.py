@@ -18,6 +18,8 @@ from types import MappingProxyType
 from broker_config.messages import ContextInfo, ModelInfo, Presence, Telemetry
 from coordinator.errors import AgentOffline, AgentUnknown, ContextAmbiguous, ContextNotHeld, RequestImpossible
 
+LEAST_BPS = 1e3
+"""At less, a cache would take longer than messages can tell of (1e9 s)."""
 EXPIRY_S = 5.0
 """Telemetry comes every second; four may be lost."""
 DUPLICATE_WINDOW_S = 10.0
@@ -191,15 +193,19 @@ def resolve_source(fleet: Fleet, source: str, now_s: float, expiry_s: float = EX
 
 
 def uplink_bps(fleet: Fleet, agent: str) -> float | None:
-    """The measured rate from the agent to the broker, or None. A measured 0 is no measurement to plan with."""
+    """The measured rate from the agent to the broker, or None. One below LEAST_BPS is no measurement to plan with."""
     telemetry = fleet.agents[agent].telemetry if agent in fleet.agents else None
-    return (telemetry.link.uplink_bps or None) if telemetry else None
+    return _to_plan_with(telemetry.link.uplink_bps) if telemetry else None
 
 
 def downlink_bps(fleet: Fleet, agent: str) -> float | None:
     """The measured rate from the broker to the agent, or None."""
     telemetry = fleet.agents[agent].telemetry if agent in fleet.agents else None
-    return (telemetry.link.downlink_bps or None) if telemetry else None
+    return _to_plan_with(telemetry.link.downlink_bps) if telemetry else None
+
+
+def _to_plan_with(bps: float | None) -> float | None:
+    return None if bps is None or bps < LEAST_BPS else bps
 
 
 def link_bps(fleet: Fleet, sender: str, receiver: str) -> float | None:
