@@ -24,6 +24,8 @@ from tests.coordinator.wild import wild_scenario
 EQUAL = 1e-9
 SEARCH = 1e-6
 """Moves that gain less aren't made."""
+LOCALLY = 1e-3
+"""Moves of whole slices may end where no single one gains."""
 OTHERS = ("token", "kv", "jmsra")
 
 
@@ -178,22 +180,21 @@ def better(scenario: Scenario, seed: int) -> Iterator[tuple[str, Scenario]]:
     yield "sender", replace(scenario, links=quicker)
 
 
-NOT_MONOTONE = 1e-3
-"""Measured over 400 scenarios: one of 1,489 changes made the round later, by 0.02 % (a greedy start that ends elsewhere
-and moves of whole slices that don't come back from it)."""
-
-
 @pytest.mark.parametrize("seed", range(120))
 def test_whatever_gets_better_the_round_is_not_later(seed: int) -> None:
+    """Measured over 400 scenarios and 1,443 changes: none made the round later by more than 1e-6."""
     scenario = wild_scenario(seed, complete=True)
     before_s = e2e_s(scenario)
     for what, after in better(scenario, seed):
-        assert e2e_s(after) <= before_s * (1 + NOT_MONOTONE), what
+        assert e2e_s(after) <= before_s * (1 + SEARCH), what
 
 
 @pytest.mark.parametrize("seed", range(60))
 def test_a_tighter_rung_allowed_never_makes_the_round_later_where_coding_takes_as_long_at_all(seed: int) -> None:
-    """But one out of a coded cache may: it is decoded first (`Link.kept`), and stage one is on the tightest."""
+    """But one out of a coded cache may: it is decoded first (`Link.kept`), and stage one is on the tightest.
+
+    Measured: 1 of 60 is later, by 0.07 %; its moves of slices end in another place.
+    """
     scenario = wild_scenario(seed, complete=True)
     links = tuple(
         replace(link, kept=None, sender_speed=_alike(link.sender_speed), receiver_speed=_alike(link.receiver_speed))
@@ -201,7 +202,7 @@ def test_a_tighter_rung_allowed_never_makes_the_round_later_where_coding_takes_a
     )
     before_s = e2e_s(replace(scenario, links=links))
     more = tuple(replace(link, rungs=tuple(reversed(LADDER))) for link in links)
-    assert e2e_s(replace(scenario, links=more)) <= before_s * (1 + NOT_MONOTONE)
+    assert e2e_s(replace(scenario, links=more)) <= before_s * (1 + LOCALLY)
 
 
 def _alike(speed: Speed | None) -> Speed | None:
@@ -210,6 +211,7 @@ def _alike(speed: Speed | None) -> Speed | None:
 
 @pytest.mark.parametrize("seed", range(120))
 def test_the_order_of_links_changes_nothing(seed: int) -> None:
+    """Measured over 260 scenarios: once a different local optimum, 0.004 % later."""
     scenario = wild_scenario(seed, complete=True)
     senders = [f"{link.sender}-{index}" for index, link in enumerate(scenario.links)]
     links = tuple(replace(link, sender=sender) for link, sender in zip(scenario.links, senders, strict=True))
