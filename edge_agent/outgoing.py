@@ -40,6 +40,7 @@ Slices = AsyncGenerator[bytes, None]
 
 AT_ONCE = b""
 """What was made goes, whether it fills a chunk or not."""
+WINDOW_S = 2.0
 MEET_WINDOW_CHUNKS = 4
 """So many are on their way at once to a receiver that may have enough any moment: those go for nothing then."""
 FACTS_PATIENCE_S = 1.0
@@ -123,7 +124,7 @@ class Outgoing:
                 total_bytes=header.payload_bytes(),
                 chunk_bytes=order.chunk_bytes,
                 pacer=job.pacer,
-                window_bytes=MEET_WINDOW_CHUNKS * order.chunk_bytes if job.meet else DEFAULT_WINDOW_BYTES,
+                window_bytes=self._window_bytes(job),
                 expires_s=max(0.0, round(deadline_s - clock(), 3)),
                 on_progress=flow.moved,
             )
@@ -132,6 +133,13 @@ class Outgoing:
             self._engine.meter.encode(elements, job.encode_s, rung.name)
         self._link.sent(sent.wire_bytes, sent.transfer_s)
         return sent
+
+    def _window_bytes(self, job: _Job) -> int:
+        """So much may be under way: on a slow link what it carries in WINDOW_S, or a cancelled transfer clogs it."""
+        if job.meet:
+            return MEET_WINDOW_CHUNKS * job.order.chunk_bytes
+        uplink_bps = self._link.quality.uplink_bps
+        return DEFAULT_WINDOW_BYTES if uplink_bps is None else min(DEFAULT_WINDOW_BYTES, int(uplink_bps * WINDOW_S / 8))
 
     async def _prepared(self, job: _Job, held: Held, rung: Recipe) -> tuple[Header, Slices]:
         """The header, and where its slices come from.
