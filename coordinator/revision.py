@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 
 from broker_config.messages import PaceOrder, SendProgress, Telemetry
 from coordinator.fleet import Channel, Fleet, link_bps, link_channels
-from coordinator.learning import factor_of
 from coordinator.planning import airtime_free
 from coordinator.policy import LinkPlan
+from coordinator.policy.scenario import LEAST_FREE, to_plan_with
 from coordinator.round import Round
 from coordinator.settings import CoordinatorSettings
 
@@ -28,7 +28,6 @@ SLOW = 0.75
 """Of a share; what lies above is scatter."""
 LEAST_LEFT = 0.02
 """Of a transfer's bits, so many are counted as left however late it is."""
-LEAST_FREE = 0.05
 LEAST_RATE_BPS, LARGEST_RATE_BPS = 1e3, 1e15
 BISECTIONS = 60
 
@@ -90,7 +89,7 @@ def revise(
 def new_shares(moving: Sequence[Moving], free: Mapping[str, float]) -> tuple[float, ...]:
     """Bits per second for each, so that the last of them ends as early as possible; what is left is given out alike."""
     names = sorted({name for each in moving for name, _ in each.hops})
-    room = {name: min(1.0, max(LEAST_FREE, free.get(name, 1.0))) for name in names}
+    room = {name: to_plan_with(free.get(name, 1.0)) for name in names}
     airtime = [{name: sum(1 / bps for at, bps in each.hops if at == name) for name in names} for each in moving]
 
     def rates(within_s: float) -> list[float]:
@@ -170,8 +169,7 @@ def _rates(
 
 def _link_rate(link: LinkPlan, fleet: Fleet, round_: Round) -> float:
     """As measured and learned; 0 if it is not measured any more."""
-    factor = factor_of(round_.factors, link.sender, link.receiver)
-    return factor * (link_bps(fleet, link.sender, link.receiver) or 0.0)
+    return round_.factor(link) * (link_bps(fleet, link.sender, link.receiver) or 0.0)
 
 
 def _references(
@@ -191,7 +189,7 @@ def _moving(
     transfer: str, link: LinkPlan, round_: Round, fleet: Fleet, channels: Sequence[Channel], *, after_s: float
 ) -> Moving:
     progress = _progress(fleet, link.sender, transfer)
-    factor = factor_of(round_.factors, link.sender, link.receiver)
+    factor = round_.factor(link)
     measured = link_channels(fleet, link.sender, link.receiver, channels) or (("", link.link_bps / factor),)
     hops = tuple((name, min(max(factor * bps, LEAST_RATE_BPS), LARGEST_RATE_BPS)) for name, bps in measured)
     bits = 8.0 * max(1, link.planned_bytes)

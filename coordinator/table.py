@@ -7,7 +7,9 @@ add. Channels are kept as pairs of a link and a channel, since few links pass th
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from functools import cached_property
 from operator import attrgetter
+from typing import NamedTuple
 
 import numpy as np
 
@@ -71,6 +73,20 @@ class Groups:
         return found
 
 
+class Making(NamedTuple):
+    """How senders make what travels, (..., K). sent: tokens whose entries do; first: of the first slice.
+
+    produce_s, encode_s: work; begin_s, made_s: when the first slice is made, and the last.
+    """
+
+    sent: Floats
+    first: Floats
+    produce_s: Floats
+    encode_s: Floats
+    begin_s: Floats
+    made_s: Floats
+
+
 class Table:
     """Columns (K,) over the links of a scenario, in their order. Seconds, bits and counts as the names say."""
 
@@ -90,13 +106,11 @@ class Table:
         self._set_channels(links, columns[9])
         has_rungs: Flags = np.array([bool(link.rungs) for link in links], dtype=bool)
         self.may_cache: Flags = has_rungs & self.measured & self._usable & (self.tokens > 0)
-        self._ladders: Ladders | None = None
 
-    @property
+    @cached_property
     def ladders(self) -> Ladders:
         """What entries weigh and take at each rung."""
-        self._ladders = self._ladders or Ladders(self.scenario.links)
-        return self._ladders
+        return Ladders(self.scenario.links)
 
     def _set_compute(self, links: Sequence[Link]) -> None:
         """fixed, per token and per token² seconds of prefill at the receiver; what the sender takes to produce."""
@@ -252,6 +266,16 @@ class Table:
         """Seconds until a sender has so many entries of a cache that is not ready, (..., K)."""
         taken = tokens * (self.produce_token_s + self.produce_square_s * tokens)
         return np.where(tokens > 0, self.produce_fixed_s + taken, 0.0)
+
+    def making(self, own: Floats, encode_token_s: Floats) -> Making:
+        """What senders do if receivers prefill the first own tokens, (..., K), and a token takes so long to encode."""
+        sent = self.sent_tokens(own)
+        first = np.minimum(self.slice_tokens, sent)
+        produce_s = np.where(sent > 0, self.produce_s(self.tokens), 0.0)
+        encode_s = encode_token_s * sent
+        start_s = self.order_s + self.before_at_sender(produce_s + encode_s)
+        begin_s = start_s + self.produce_s(self.tokens - sent + first) + encode_token_s * first
+        return Making(sent, first, produce_s, encode_s, begin_s, start_s + produce_s + encode_s)
 
     def sent_tokens(self, own: Floats) -> Floats:
         """Tokens whose entries travel in whole slices when the receiver prefills the first own ones, (..., K)."""

@@ -99,18 +99,13 @@ def _rates(decision: Decision, steps: Sequence[float]) -> list[float]:
 
 def timeline(table: Table, course: Course) -> Timeline:
     """The course of a round."""
-    sent = table.sent_tokens(course.own)
-    first = np.minimum(table.slice_tokens, sent)
+    sent, first, produce_s, encode_s, begin_s, made_s = table.making(course.own, course.encode_s)
     carries = sent > 0
-    produce_s = np.where(carries, table.produce_s(table.tokens), 0.0)
-    encode_s = course.encode_s * sent
-    start_s = table.order_s + table.before_at_sender(produce_s + encode_s)
-    begin_s = start_s + table.produce_s(table.tokens - sent + first) + course.encode_s * first
     text_s = _through(course, table.order_s, table.head_bits)
     ids_s = np.maximum(text_s, table.order_s + table.text_token_s * course.own)
     sending_s = np.maximum(begin_s, text_s)
     all_s = _through(course, sending_s, sent * course.token_bits)
-    last_s = _through(course, start_s + produce_s + encode_s, first * course.token_bits)
+    last_s = _through(course, made_s, first * course.token_bits)
     arrive_s = np.where(carries, np.maximum(all_s, last_s), ids_s) + table.back_s
     first_s = np.where(carries, _through(course, sending_s, first * course.token_bits) + table.back_s, arrive_s)
     prefill_s, decode_s = table.prefill_s(course.own), course.decode_s * sent

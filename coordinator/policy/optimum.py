@@ -13,7 +13,7 @@ is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from coordinator.policy.base import StagedPolicy
 from coordinator.policy.jmsra import binary_choices
 from coordinator.policy.relaxed import Relaxed
 from coordinator.policy.shares import Allocation, Shares
-from coordinator.table import WHOLE
+from coordinator.table import WHOLE, Table
 
 FEW_LINKS = 12
 """Up to so many, splits are improved by moves; JMSRA is asked too, whose search takes time with the cube of links."""
@@ -87,7 +87,7 @@ def earliest(allocations: list[Allocation]) -> Allocation:
 def draw(shares: Shares, rungs: Ints, early_s: float, later: Sequence[float]) -> Floats:
     """Splits for a T that the relaxed programme allows, and for somewhat later ones: (M, K) own tokens, rounded."""
     relaxed = Relaxed(shares, rungs, hopeful=False)
-    least_s = relaxed.least_s(0.0, early_s * 1.5)
+    _, least_s = relaxed.around_s(early_s * 1.5)
     table, rows = shares.table, []
     for factor in later:
         own = table.tokens - relaxed.needed(least_s * factor).cached
@@ -101,9 +101,14 @@ def rounded(shares: Shares, own: Floats) -> list[Floats]:
     own = np.where(table.may_cache, np.clip(np.round(own), 0.0, table.tokens), table.tokens)
     if table.slice_tokens == WHOLE:
         return [own]
-    size = table.slice_tokens
     ways = (np.floor,) if table.count > FEW_LINKS else (np.floor, np.ceil, np.round)
-    return [np.where(own < table.tokens, np.minimum(way(own / size) * size, table.tokens), own) for way in ways]
+    return [_sliced(table, own, way) for way in ways]
+
+
+def _sliced(table: Table, own: Floats, way: Callable[[Floats], Floats]) -> Floats:
+    """Splits moved to where a slice begins, this way; what is all text stays so."""
+    size = table.slice_tokens
+    return np.where(own < table.tokens, np.minimum(way(own / size) * size, table.tokens), own)
 
 
 def improved(shares: Shares, best: Allocation) -> Allocation:
@@ -144,13 +149,10 @@ def _moved(shares: Shares, own: Floats, step: float) -> Floats:
     if not moves:
         return own[None, :]
     rows = np.clip(np.array(moves), 0.0, table.tokens)
-    if table.slice_tokens != WHOLE:
-        begun = np.ceil(rows / table.slice_tokens) * table.slice_tokens
-        rows = np.where(rows < table.tokens, np.minimum(begun, table.tokens), rows)
-    return np.unique(rows, axis=0)
+    return np.unique(rows if table.slice_tokens == WHOLE else _sliced(table, rows, np.ceil), axis=0)
 
 
 def lower_bound(shares: Shares, best: Allocation) -> float:
     """An E2E below which no plan of constant rates on any allowed rung is. best: near which it is sharpest."""
     hopeful = Relaxed(shares, shares.tightest(), hopeful=True, near_bps=best.course.rates[:, 0], near_own=best.own)
-    return min(best.e2e_s, hopeful.most_infeasible_s(best.within_s * (1 + 1e-9)))
+    return min(best.e2e_s, hopeful.around_s(best.within_s * (1 + 1e-9))[0])

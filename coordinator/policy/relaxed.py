@@ -134,7 +134,7 @@ class Relaxed:
         if not self._streams:
             self._offset_s, self._earlier_s = others_s + table.produce_s(table.tokens), np.zeros(table.count)
             return
-        behind = slice_ - min(table.slice_tokens, 1e9) if hopeful else slice_
+        behind = slice_ - table.slice_tokens if hopeful else slice_
         made_s = np.where(table.cached, 0.0, table.produce_fixed_s + table.produce_token_s * (table.tokens + behind))
         self._earlier_s = table.produce_token_s
         self._offset_s = others_s + made_s
@@ -152,20 +152,11 @@ class Relaxed:
         np.minimum.at(found, self._table.receivers.index, by_link)
         return found
 
-    def least_s(self, low_s: float, high_s: float, limits_s: Floats | None = None) -> float:
-        """The least T in [low_s, high_s] that fits, within TOLERANCE; high_s if none does."""
-        for _ in range(SEARCHES):
-            if high_s - low_s <= TOLERANCE * high_s:
-                break
-            middle_s = (low_s + high_s) / 2
-            if self.needed(middle_s, limits_s).fits:
-                high_s = middle_s
-            else:
-                low_s = middle_s
-        return high_s
+    def around_s(self, high_s: float) -> tuple[float, float]:
+        """The least T that fits lies between these, within TOLERANCE, if it is no more than high_s.
 
-    def most_infeasible_s(self, high_s: float) -> float:
-        """A T close to the least that fits, of which it is certain that nothing ends by it."""
+        By the first nothing ends, of that it is certain if this is asked hopefully.
+        """
         low_s = 0.0
         for _ in range(SEARCHES):
             if high_s - low_s <= TOLERANCE * high_s:
@@ -175,18 +166,16 @@ class Relaxed:
                 high_s = middle_s
             else:
                 low_s = middle_s
-        return low_s
+        return low_s, high_s
 
-    def needed(self, within_s: float, limits_s: Floats | None = None) -> Needed:
-        """The cheapest tokens of cache with which all end by within_s, (K,) each by its limit."""
+    def needed(self, within_s: float) -> Needed:
+        """The cheapest tokens of cache with which all end by within_s."""
         table, self._within_s = self._table, within_s
-        ends_s = np.full(table.count, within_s) if limits_s is None else np.minimum(within_s, limits_s)
-        ends_by_s = self._earliest(ends_s)
-        wanted_s = table.receivers.sums(self._prefills_s) + self._ids_s - ends_by_s
-        window_s = ends_s - self._offset_s
-        most = np.where(self._open, np.clip(self._most(ends_s, window_s), 0.0, table.tokens), 0.0)
+        wanted_s = table.receivers.sums(self._prefills_s) + self._ids_s - within_s
+        window_s = within_s - self._offset_s
+        most = np.where(self._open, np.clip(self._most(within_s, window_s), 0.0, table.tokens), 0.0)
         short = table.receivers.sums(self._gain_s * most) < wanted_s * (1 - 1e-12)
-        if short.any() or np.any(ends_s < self._sure_s * (1 - 1e-12)):
+        if short.any() or np.any(within_s < self._sure_s * (1 - 1e-12)):
             return Needed(most, fits=False)
         per_token_s = self._earlier_s - (0.0 if self._hopeful else self._slowly_s() / 2)
         share_s = self._bits / np.maximum(window_s + per_token_s * most, 1e-12)
@@ -198,7 +187,7 @@ class Relaxed:
                 return Needed(cached, fits=False)
             decoded = self._cheapest(wanted_s, most, self._decode_s) if self._hopeful else cached
             decoding_s = table.receivers.sums(self._decode_s * decoded)
-            if np.any(decoding_s > np.maximum(ends_by_s - self._first_s, 0.0) + 1e-12):
+            if np.any(decoding_s > np.maximum(within_s - self._first_s, 0.0) + 1e-12):
                 return Needed(cached, fits=False)
             used = self._hoped(cached * share_s) if self._hopeful else table.used(self._rates(cached, window_s))
             over = used / np.maximum(table.free, 1e-12)
@@ -226,14 +215,14 @@ class Relaxed:
         """Seconds a token that encoding and decoding take while nothing is sent: none with slices."""
         return np.zeros(self._table.count) if self._streams else self._encode_s + self._decode_s
 
-    def _most(self, ends_s: Floats, window_s: Floats) -> Floats:
+    def _most(self, within_s: float, window_s: Floats) -> Floats:
         """Tokens of cache that each link can bring if it has all that is free to itself."""
         takes_s = self._link_s + self._slowly_s() - self._earlier_s
         most = np.divide(window_s, takes_s, out=np.full_like(window_s, np.inf), where=takes_s > 0)
         most = np.where((window_s > 0) | (takes_s < 0), most, 0.0)
         if not self._streams:
             return most
-        made_s = ends_s - self._made_s
+        made_s = within_s - self._made_s
         coded = np.divide(made_s, self._encode_s, out=np.full_like(made_s, np.inf), where=self._encode_s > 0)
         return np.where(made_s >= 0, np.minimum(most, coded), 0.0)
 

@@ -112,7 +112,7 @@ def build_scenario(
     return Scenario(
         requests=tuple(terms),
         links=tuple(links),
-        airtime_free={name: min(1.0, max(LEAST_FREE, free)) for name, free in sorted((airtime_free or {}).items())},
+        airtime_free={name: to_plan_with(free) for name, free in sorted((airtime_free or {}).items())},
         header_bytes=header_bytes,
         tie_fraction=tie_fraction,
         slice_tokens=slice_tokens,
@@ -126,6 +126,11 @@ def scaled(link: Link, factor: float) -> Link:
         link_bps=min(factor * link.link_bps, LARGEST_BPS),
         channels=tuple((name, min(factor * bps, LARGEST_BPS)) for name, bps in link.channels),
     )
+
+
+def to_plan_with(free: float) -> float:
+    """What of a channel is planned with, where transfers in flight leave so much, both as fractions."""
+    return min(1.0, max(LEAST_FREE, free))
 
 
 def _model(fleet: Fleet, agent: str) -> ModelInfo:

@@ -46,6 +46,12 @@ class Rows:
     def __getitem__(self, index: Flags | Ints) -> Rows:
         return Rows(self.bits[:, index], self.offset_s[:, index])
 
+    def needed(self, ends_s: Floats | float) -> tuple[Floats, Flags]:
+        """The least rates that end links by these times, and which links none does, (M, K)."""
+        gap = ends_s - self.offset_s
+        rates = np.divide(self.bits, gap, out=np.zeros_like(gap), where=gap > 0).max(axis=0)
+        return rates, ~np.all((gap > 0) | ((self.bits == 0) & (gap >= 0)), axis=0)
+
     @property
     def sent_bits(self) -> Floats:
         """What travels in all, (M,)."""
@@ -130,12 +136,8 @@ class Shares:
         """Bits and offsets of these choices, own (M, K)."""
         table = self.table
         token_bits, encode_token_s, decode_token_s = self.coded(rungs)
-        sent = table.sent_tokens(own)
+        sent, first, _, _, begin_s, made_s = table.making(own, encode_token_s)
         carries, prefills = sent > 0, own > 0
-        first = np.minimum(table.slice_tokens, sent)
-        produce_s = np.where(carries, table.produce_s(table.tokens), 0.0) + encode_token_s * sent
-        start_s = table.order_s + table.before_at_sender(produce_s)
-        begin_s = start_s + table.produce_s(table.tokens - sent + first) + encode_token_s * first
         prefill_s, decode_s = table.prefill_s(own), decode_token_s * sent
         order = self._order(begin_s)
         slices_s = self._behind(np.where(carries, decode_token_s * first, 0.0), order)
@@ -148,7 +150,7 @@ class Shares:
         moments = (
             begin_s + slices_s,
             table.order_s + slices_s,
-            start_s + produce_s + slices_s,
+            made_s + slices_s,
             begin_s + decodes_s,
             text_s + works_s,
         )
@@ -188,12 +190,9 @@ class Shares:
 
     def rates(self, rows: Rows, within_s: float, limits_s: Floats | None = None) -> tuple[Floats, Flags]:
         """The least rates (M, K) that end each row by within_s (each link also by its limit), and which rows may."""
-        ends = within_s if limits_s is None else np.minimum(within_s, limits_s)
-        gap = ends - rows.offset_s
-        possible = np.all((gap > 0) | ((rows.bits == 0) & (gap >= 0)), axis=(0, -1))
-        rates = np.divide(rows.bits, gap, out=np.zeros_like(gap), where=gap > 0).max(axis=0)
+        rates, late = rows.needed(within_s if limits_s is None else np.minimum(within_s, limits_s))
         fits = np.all(self.table.used(rates) <= self.table.free * (1 + ROUNDING), axis=-1)
-        return rates, possible & fits
+        return rates, fits & ~late.any(axis=-1)
 
     def least(
         self, rows: Rows, below_s: float = np.inf, limits_s: Floats | None = None, *, tolerance: float = ROUNDING
@@ -262,16 +261,8 @@ class Shares:
 
     def needed(self, own: Floats, rungs: Ints, limits_s: Floats) -> Floats:
         """The least rates (K,) that end each link by its limit; infinite where none does."""
-        rows = self.rows(own[None, :], rungs)
-        gap = limits_s - rows.offset_s
-        rates = np.divide(rows.bits, gap, out=np.zeros_like(gap), where=gap > 0)
-        rates[(gap < 0) | ((gap == 0) & (rows.bits > 0))] = np.inf
-        return np.asarray(rates.max(axis=0)[0])
-
-    def holds(self, rates: Floats) -> bool:
-        """Whether every channel holds these rates, (K,)."""
-        used = self.table.used(np.where(np.isfinite(rates), rates, 0.0))
-        return bool(np.isfinite(rates).all() and np.all(used <= self.table.free * (1 + ROUNDING)))
+        rates, late = self.rows(own[None, :], rungs).needed(limits_s)
+        return np.where(late[0], np.inf, rates[0])
 
     def affordable(self, rates: Floats, wanted: Floats, who: Flags) -> tuple[Flags, Flags]:
         """Which of `who` may go from these rates to those they want, (K,): all together in their order, each alone."""

@@ -63,11 +63,11 @@ def best_binary_s(shares: Shares, known: list[Allocation]) -> float | None:
     if shares.table.count > MOST_EXHAUSTED:
         return None
     rungs = shares.tightest()
-    rows = shares.rows(_media(shares), rungs)
+    own = _media(shares)
+    rows = shares.rows(own, rungs)
     found = shares.least(rows)
     if found is None:
         return None
-    own = _media(shares)
     near = np.flatnonzero(shares.rates(rows, found[1] * NEAR)[1])
     tried = list(dict.fromkeys([int(found[0][0]), *near[:NEAREST].tolist()]))
     return min(each.e2e_s for each in [*known, *(shares.allocate(own[row], rungs) for row in tried)])
