@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edge_agent.model.session import LiveContext, Model
+from edge_agent.engine import Engine
+from edge_agent.model.session import DEFAULT_PREFILL_CHUNK, LiveContext, Model
+from edge_agent.model.text import Text
 from tests import tiny
 
 FAMILIES = {"llama": tiny.tiny_bundle, "gemma": tiny.tiny_gemma_bundle}
@@ -29,6 +33,18 @@ CLOSE = TOLERANCE["fp32"]
 def model(chunk: int = 128, *, family: str = "llama", weights: str = "fp32") -> Model:
     """A tiny model, loaded once for each size of chunk."""
     return Model(FAMILIES[family](weights=weights), prefill_chunk=chunk)
+
+
+@asynccontextmanager
+async def started_engine(bundle: Path, *, chunk: int = DEFAULT_PREFILL_CHUNK) -> AsyncIterator[Engine]:
+    """A started engine that prefills so many tokens a turn."""
+    loaded = Model(bundle, prefill_chunk=chunk)
+    made = Engine(loaded, Text(bundle, loaded.manifest))
+    await made.start()
+    try:
+        yield made
+    finally:
+        made.close()
 
 
 def read(ids: Sequence[int], *, chunk: int = 128, family: str = "llama", weights: str = "fp32") -> LiveContext:

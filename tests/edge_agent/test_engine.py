@@ -19,6 +19,7 @@ from edge_agent.model.text import AnswerText, Text
 from tests import tiny
 from tests.edge_agent.agents import queued
 from tests.edge_agent.caches import equal
+from tests.edge_agent.sessions import started_engine
 
 CHUNK = 8
 EOS = 0
@@ -27,11 +28,8 @@ EOS = 0
 @pytest.fixture
 async def engine(tiny_bundle: Path) -> AsyncIterator[Engine]:
     """A started engine that prefills eight tokens a turn."""
-    model = Model(tiny_bundle, prefill_chunk=CHUNK)
-    made = Engine(model, Text(tiny_bundle, model.manifest))
-    await made.start()
-    yield made
-    made.close()
+    async with started_engine(tiny_bundle, chunk=CHUNK) as made:
+        yield made
 
 
 def logits_for(token: int) -> Float32:

@@ -18,9 +18,8 @@ from edge_agent.errors import AgentError, ContextEmpty, ContextTooLong, ContextU
 from edge_agent.kv.cache import Cache
 from edge_agent.library import MAX_TEXT_BYTES, Library
 from edge_agent.memory import Budget, ContextStore, Form, Shelf
-from edge_agent.model.session import Model
-from edge_agent.model.text import Text
 from tests.edge_agent.agents import kept
+from tests.edge_agent.sessions import started_engine
 
 ROOM = 10_000_000
 
@@ -53,11 +52,8 @@ class Place:
 
 @pytest.fixture
 async def engine(tiny_bundle: Path) -> AsyncIterator[Engine]:
-    model = Model(tiny_bundle)
-    made = Engine(model, Text(tiny_bundle, model.manifest))
-    await made.start()
-    yield made
-    made.close()
+    async with started_engine(tiny_bundle) as made:
+        yield made
 
 
 @pytest.fixture

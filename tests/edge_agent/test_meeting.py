@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +13,10 @@ from edge_agent.engine import Engine
 from edge_agent.errors import CacheInvalid
 from edge_agent.kv.cache import Cache
 from edge_agent.meeting import Bid, Meeting
-from edge_agent.model.session import Model
-from edge_agent.model.text import Text
 from edge_agent.precedence import Precedence, Seat
 from tests import tiny
 from tests.edge_agent.caches import equal
-from tests.edge_agent.sessions import CLOSE, FAMILIES, far
+from tests.edge_agent.sessions import CLOSE, FAMILIES, far, started_engine
 
 CHUNK = 16
 TOKENS = 150
@@ -58,12 +55,8 @@ class Script:
 @pytest.fixture(params=FAMILIES)
 async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
     """A started engine that prefills sixteen tokens a turn."""
-    bundle: Path = FAMILIES[request.param]()
-    model = Model(bundle, prefill_chunk=CHUNK)
-    made = Engine(model, Text(bundle, model.manifest))
-    await made.start()
-    yield made
-    made.close()
+    async with started_engine(FAMILIES[request.param](), chunk=CHUNK) as made:
+        yield made
 
 
 def seats(count: int) -> list[Seat]:

@@ -15,12 +15,12 @@ from edge_agent.kv.cache import Cache, concatenate
 from edge_agent.kv.header import Header
 from edge_agent.kv.recipe import Layout, recipe
 from edge_agent.model.exchange import payload_header
-from edge_agent.model.session import LiveContext, Model
-from edge_agent.model.text import Text
+from edge_agent.model.session import LiveContext
 from edge_agent.streaming import Stream
 from tests import tiny
 from tests.edge_agent.agents import queued
 from tests.edge_agent.caches import equal
+from tests.edge_agent.sessions import started_engine
 
 CHUNK, SLICE = 16, 8
 IDS = [1 + at * 5 % (tiny.VOCABULARY - 1) for at in range(70)]
@@ -29,11 +29,8 @@ IDS = [1 + at * 5 % (tiny.VOCABULARY - 1) for at in range(70)]
 @pytest.fixture
 async def engine(tiny_bundle: Path) -> AsyncIterator[Engine]:
     """A started engine that prefills sixteen tokens a turn."""
-    model = Model(tiny_bundle, prefill_chunk=CHUNK)
-    made = Engine(model, Text(tiny_bundle, model.manifest))
-    await made.start()
-    yield made
-    made.close()
+    async with started_engine(tiny_bundle, chunk=CHUNK) as made:
+        yield made
 
 
 def header(engine: Engine, own: int = 0, slice_tokens: int = SLICE) -> Header:
