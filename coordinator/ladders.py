@@ -40,29 +40,40 @@ class Ladders:
         self._encode_s = self._per_element([link.sender_speed for link in links], encoding=True)
         self._decode_s = self._per_element([link.receiver_speed for link in links], encoding=False)
         self._kept = [
-            (index, link)
+            (index, self._out_of_kept(index, link))
             for index, link in enumerate(links)
             if link.cached and link.kept is not None and link.kept != EXACT_RUNG
         ]
 
     def coded(self, places: Ints) -> tuple[Floats, Floats, Floats]:
-        """(bits, encoding seconds, decoding seconds) of a token's entries, (K,) each, at one place of each link."""
-        links = np.arange(len(places))
+        """(bits, encoding seconds, decoding seconds) of a token's entries, of the shape of places, (..., K)."""
+        links = np.arange(places.shape[-1])
         family = self._families[self._of_link, places]
         encode = self._elements * self._encode_s[links, family]
-        for index, link in self._kept:
-            name = self._names[self._of_link[index]][places[index]]
-            encode[index] = encode_s(link.sender_speed, link.elements_per_token, name, link.kept) if name else 0.0
+        for index, takes_s in self._kept:
+            encode[..., index] = takes_s[places[..., index]]
         bits = self._elements * self._bits[self._of_link, places]
         return bits, encode, self._elements * self._decode_s[links, family]
 
-    def fastest(self) -> tuple[Floats, Floats]:
-        """(encoding, decoding) seconds of a token's entries, (K,) each, at whichever of a link's rungs is fastest."""
-        encode, decode = np.full((2, len(self.top)), np.inf)
-        for place in range(int(self.top.max(initial=0)) + 1):
-            _, encodes, decodes = self.coded(np.minimum(place, self.top))
-            encode, decode = np.minimum(encode, encodes), np.minimum(decode, decodes)
-        return encode, decode
+    def worthwhile(self) -> Ints:
+        """(C, K): of each link the places than which no tighter one codes as fast, from the tightest on.
+
+        Links with fewer of them than others have the tightest several times.
+        """
+        width = int(self.top.max(initial=0)) + 1
+        every = np.arange(width)[:, None]
+        _, encode, decode = self.coded(np.minimum(every, self.top))
+        as_fast = (encode[:, None] <= encode) & (decode[:, None] <= decode)
+        tighter = np.tri(width, k=-1, dtype=bool).T[:, :, None]
+        worth = ~(as_fast & tighter).any(axis=0) & (every <= self.top)
+        return np.sort(np.where(worth, every, 0), axis=0)[width - int(worth.sum(axis=0).max(initial=1)) :]
+
+    def _out_of_kept(self, index: int, link: Link) -> Floats:
+        """Seconds a token that encoding takes at each place of a link whose cache is kept coded, (R,)."""
+        names = self._names[self._of_link[index]]
+        return column(
+            [encode_s(link.sender_speed, link.elements_per_token, name, link.kept) if name else 0.0 for name in names]
+        )
 
     def _per_element(self, speeds: Sequence[Speed | None], *, encoding: bool) -> Floats:
         """Seconds an element by link and family, (K, families + 1); nothing for no rung at all."""

@@ -220,9 +220,13 @@ class Table:
 
     def used_by_pairs(self, rates: Floats) -> Floats:
         """The same of rates by pair, (..., pairs)."""
+        return self.by_channel(self.shares_of_pairs(rates))
+
+    def by_channel(self, by_pair: Floats) -> Floats:
+        """Sums over the pairs of each channel, (..., pairs) to (..., channels)."""
         if not self.channel_starts.size:
-            return np.zeros((*rates.shape[:-1], 0))
-        return np.asarray(np.add.reduceat(self.shares_of_pairs(rates), self.channel_starts, axis=-1))
+            return np.zeros((*by_pair.shape[:-1], 0))
+        return np.asarray(np.add.reduceat(by_pair, self.channel_starts, axis=-1))
 
     def shares_of_pairs(self, rates: Floats) -> Floats:
         """The share of its channel that each pair's rate takes, (..., pairs)."""
@@ -235,15 +239,28 @@ class Table:
 
     def tangents(self, rates: Floats) -> tuple[Floats, Floats]:
         """(slope, intercept) by pair of the share of its channel as a function of the rate, at these rates (K,)."""
+        pair_rates = rates[self.pair_link]
+        shares, slope = self.steepness(pair_rates)
+        waves = self.fdma & (self.pair_snr > 0)
+        return slope, np.where(waves, shares - slope * pair_rates, 0.0)
+
+    def steepness(self, pair_rates: Floats) -> tuple[Floats, Floats]:
+        """The share of its channel that each pair's rate takes, and how it grows with it, (..., pairs) each."""
+        alone = pair_rates / self.pair_alone_bps
         if not self.fdma:
-            return 1 / self.pair_alone_bps, np.zeros(len(self.pair_link))
-        alone = rates[self.pair_link] / self.pair_alone_bps
-        share = band_shares(alone, self.pair_snr)
+            return alone, np.broadcast_to(1 / self.pair_alone_bps, alone.shape)
+        shares = band_shares(alone, self.pair_snr)
         waves = self.pair_snr > 0
-        ratio = np.where(waves, self.pair_snr, 1.0) / np.maximum(share, 1e-12)
+        ratio = np.where(waves, self.pair_snr, 1.0) / np.clip(shares, 1e-12, 1.0)
         slope = np.log1p(np.where(waves, self.pair_snr, 1.0)) / (np.log1p(ratio) - ratio / (1 + ratio))
-        slope = np.where(waves, np.where(share > 0, slope, 0.0), 1.0)
-        return slope / self.pair_alone_bps, np.where(waves, share - slope * alone, 0.0)
+        return shares, np.where(waves, np.where(shares > 0, slope, 0.0), 1.0) / self.pair_alone_bps
+
+    def one_shared_way(self, which: Flags) -> bool:
+        """Whether no receiver has a choice between shared channels among these links (K,): no prices change it."""
+        counts = self.shared[self.pair_channel] & which[self.pair_link]
+        receivers, channels = self.receivers.index[self.pair_link[counts]], self.pair_channel[counts]
+        ways = np.unique(np.stack([receivers, channels]), axis=1)
+        return bool(np.bincount(ways[0], minlength=1).max() <= 1)
 
     def least_on_way(self, by_channel: Floats) -> Floats:
         """For each link the least of what its channels have; infinite for one that passes none."""

@@ -19,6 +19,7 @@ import numpy as np
 
 from coordinator.numbers import Floats, Ints
 from coordinator.policy.base import StagedPolicy
+from coordinator.policy.bound import lower_bound
 from coordinator.policy.jmsra import binary_choices
 from coordinator.policy.relaxed import Relaxed
 from coordinator.policy.shares import Allocation, Shares
@@ -29,11 +30,17 @@ FEW_LINKS = 12
 LATER = (1.0, 1.003, 1.01, 1.03, 1.1, 1.3)
 """Splits are drawn for T so much later than the relaxed one: what rounding takes must be had back."""
 LATER_OF_MANY = (1.003, 1.03)
-ROUGHLY, FINELY = 1e-4, 1e-7
-"""Of many links, the shares of E2E to which choices are compared, and rates are worked out."""
+MOST_ROWS = 6_000
+"""Times links: so many choices are tried one by one."""
+HEARD_EARLIER, TRIED, WHOLE_TRIED = 0.15, 4, 16
+"""A choice whose min-max T is later by no more than this may by the evaluator be earlier; so many of them are asked,
+and of those that split nothing.
+"""
 LEAST_GAIN = 1e-6
 EQUAL = 1e-9
 MOVES = 400
+IMPROVED = 2
+"""Of several starts the best are improved: where a search ends depends on where it began."""
 
 
 class OptimumPolicy(StagedPolicy):
@@ -56,26 +63,71 @@ class OptimumPolicy(StagedPolicy):
         return lower_bound(shares, chosen)
 
 
-def optimum(shares: Shares, rungs: Ints | None = None) -> Allocation:
-    """The earliest that was found, on these rungs (the tightest if none are named)."""
-    rungs = shares.tightest() if rungs is None else rungs
+def optimum(shares: Shares) -> Allocation:
+    """The earliest that was found."""
+    few = every(shares, MOST_ROWS)
+    if few is not None:
+        return _exhausted(shares, *few)
     if shares.table.count > FEW_LINKS:
-        return _of_many(shares, rungs)
-    starts = [shares.allocate(own, rungs) for own in binary_choices(shares, searched=True)]
-    drawn = draw(shares, rungs, min(start.within_s for start in starts), LATER)
-    found = shares.least(shares.rows(drawn, rungs))
-    if found is not None:
-        starts.append(shares.allocate(drawn[found[0][0]], rungs))
-    return improved(shares, earliest(starts))
+        return _of_many(shares, shares.tightest())
+    starts = [earliest([shares.allocate(own) for own in binary_choices(shares, searched=True)])]
+    early_s = starts[0].within_s
+    for rungs in starting_rungs(shares):
+        drawn = draw(shares, rungs, early_s, LATER)
+        starts.append(shares.allocate(drawn[shares.ends(shares.rows(drawn, rungs)).argmin()], rungs))
+    starts.sort(key=lambda start: start.e2e_s)
+    return earliest([improved(shares, start) for start in starts[:IMPROVED]])
+
+
+def starting_rungs(shares: Shares) -> list[Ints]:
+    """The tightest rungs, and those of each link that code fastest."""
+    table = shares.table
+    places = table.ladders.worthwhile()
+    _, encode_s, decode_s = shares.coded(places)
+    fastest = np.take_along_axis(places, (encode_s + decode_s).argmin(axis=0)[None], axis=0)[0]
+    return [shares.tightest()] if np.array_equal(fastest, places[0]) else [places[0], fastest]
+
+
+def _exhausted(shares: Shares, own: Floats, rungs: Ints) -> Allocation:
+    """The earliest of all these, (M, K) each, by the evaluator."""
+    ends_s = shares.ends(shares.rows(own, rungs), later=HEARD_EARLIER)
+    order = np.argsort(ends_s, kind="stable")
+    whole = np.all((own == 0) | (own == shares.table.tokens), axis=-1)
+    near = order[ends_s[order] <= ends_s[order[0]] * (1 + HEARD_EARLIER)]
+    tried = [*near[:TRIED], *near[whole[near]][:WHOLE_TRIED]]
+    found = [shares.allocate(own[row], rungs[row]) for row in dict.fromkeys(tried)]
+    return earliest([*found, *(shares.allocate(own) for own in binary_choices(shares, searched=False))])
+
+
+def every(shares: Shares, most: int) -> tuple[Floats, Ints] | None:
+    """Own tokens and rungs, (M, K) each, of all splits at slices on all rungs worth while; None if M·K exceeds most."""
+    table = shares.table
+    if table.slice_tokens == WHOLE:
+        return None
+    counts = np.where(table.may_cache, np.ceil(table.tokens / table.slice_tokens), 0.0)
+    if table.count * np.prod(counts + 1) > most:
+        return None
+    worth = table.ladders.worthwhile()
+    options: list[tuple[Floats, Ints]] = []
+    for link, count in enumerate(counts.astype(int).tolist()):
+        places = np.unique(worth[:, link]) if count else worth[:0, link]
+        starts = np.tile(np.arange(count) * table.slice_tokens, len(places))
+        own = np.append(starts, table.tokens[link])
+        options.append((own, np.append(np.repeat(places, count), 0)))
+    rows = int(np.prod([len(own) for own, _ in options]))
+    if table.count * rows > most:
+        return None
+    chosen = np.indices([len(own) for own, _ in options]).reshape(table.count, -1)
+    columns = [(own[index], places[index]) for (own, places), index in zip(options, chosen, strict=True)]
+    return np.stack([own for own, _ in columns], axis=1), np.stack([places for _, places in columns], axis=1)
 
 
 def _of_many(shares: Shares, rungs: Ints) -> Allocation:
-    """The best of all tokens, all caches and what is drawn; compared roughly, then worked out for one."""
+    """The best of all tokens, all caches and what is drawn."""
     ends = np.array(binary_choices(shares, searched=False))
-    upper_s = shares.surely_s(shares.rows(ends[:1], rungs))
-    rows = np.concatenate([ends, draw(shares, rungs, upper_s, LATER_OF_MANY)])
-    found = shares.least(shares.rows(rows, rungs), tolerance=ROUGHLY)
-    return shares.allocate(rows[found[0][0] if found is not None else 0], rungs, tolerance=FINELY)
+    early_s = shares.ends(shares.rows(ends, rungs)).min()
+    rows = np.concatenate([ends, draw(shares, rungs, early_s, LATER_OF_MANY)])
+    return shares.allocate(rows[shares.ends(shares.rows(rows, rungs)).argmin()], rungs)
 
 
 def earliest(allocations: list[Allocation]) -> Allocation:
@@ -86,8 +138,8 @@ def earliest(allocations: list[Allocation]) -> Allocation:
 
 def draw(shares: Shares, rungs: Ints, early_s: float, later: Sequence[float]) -> Floats:
     """Splits for a T that the relaxed programme allows, and for somewhat later ones: (M, K) own tokens, rounded."""
-    relaxed = Relaxed(shares, rungs, hopeful=False)
-    _, least_s = relaxed.around_s(early_s * 1.5)
+    relaxed = Relaxed(shares, rungs)
+    least_s = relaxed.least_s(early_s * 1.5)
     table, rows = shares.table, []
     for factor in later:
         own = table.tokens - relaxed.needed(least_s * factor).cached
@@ -112,47 +164,50 @@ def _sliced(table: Table, own: Floats, way: Callable[[Floats], Floats]) -> Float
 
 
 def improved(shares: Shares, best: Allocation) -> Allocation:
-    """Slices moved while that ends the round earlier, large moves first."""
-    table, own, now_s = shares.table, best.own, best.within_s
+    """Slices moved and rungs changed while that ends the round earlier, large moves first."""
+    table, own, rungs, now_s = shares.table, best.own, best.rungs, best.within_s
     least = 1.0 if table.slice_tokens == WHOLE else float(table.slice_tokens)
     step = least
     while step * 4 <= table.tokens.max():
         step *= 2
     for _ in range(MOVES):
-        moved = _moved(shares, own, step)
-        found = shares.least(shares.rows(moved, best.rungs), below_s=now_s * (1 - LEAST_GAIN))
+        moved, placed = _moved(shares, own, rungs, step)
+        found = shares.least(shares.rows(moved, placed), below_s=now_s * (1 - LEAST_GAIN))
         if found is not None:
-            own, now_s = moved[found[0][0]], found[1]
+            own, rungs, now_s = moved[found[0][0]], placed[found[0][0]], found[1]
         elif step <= least:
             break
         else:
             step = max(least, np.ceil(step / 2 / least) * least)
-    return earliest([best, shares.allocate(own, best.rungs)])
+    return earliest([best, shares.allocate(own, rungs)])
 
 
-def _moved(shares: Shares, own: Floats, step: float) -> Floats:
-    """Every link's split moved by a step either way or to an end, and two links' against each other."""
+def _moved(shares: Shares, own: Floats, rungs: Ints, step: float) -> tuple[Floats, Ints]:
+    """Every link's split moved by a step either way or to an end, on each of its rungs, and two links' against each
+    other: own tokens and rungs, (M, K) each.
+    """
     table = shares.table
     movable = np.flatnonzero(table.may_cache)
-    moves: list[Floats] = []
+    worth = table.ladders.worthwhile()
+    moves: list[Floats] = [own]
+    places: list[Ints] = [rungs]
     for link in movable:
-        for change in (-step, step, -table.tokens[link], table.tokens[link]):
-            moved = own.copy()
-            moved[link] += change
-            moves.append(moved)
+        for place in {*worth[:, link].tolist(), int(rungs[link])}:
+            for change in (-step, step, -table.tokens[link], table.tokens[link], 0.0):
+                moved, placed = own.copy(), rungs.copy()
+                moved[link] += change
+                placed[link] = place
+                moves.append(moved)
+                places.append(placed)
         for other in movable:
             if other != link:
                 moved = own.copy()
                 moved[link] -= step
                 moved[other] += step
                 moves.append(moved)
-    if not moves:
-        return own[None, :]
+                places.append(rungs)
     rows = np.clip(np.array(moves), 0.0, table.tokens)
-    return np.unique(rows if table.slice_tokens == WHOLE else _sliced(table, rows, np.ceil), axis=0)
-
-
-def lower_bound(shares: Shares, best: Allocation) -> float:
-    """An E2E below which no plan of constant rates on any allowed rung is. best: near which it is sharpest."""
-    hopeful = Relaxed(shares, shares.tightest(), hopeful=True, near_bps=best.course.rates[:, 0], near_own=best.own)
-    return min(best.e2e_s, hopeful.around_s(best.within_s * (1 + 1e-9))[0])
+    rows = rows if table.slice_tokens == WHOLE else _sliced(table, rows, np.ceil)
+    placed = np.where(rows < table.tokens, np.array(places), 0)
+    distinct = np.unique(np.concatenate([rows, placed], axis=1), axis=0)
+    return distinct[:, : table.count], distinct[:, table.count :].astype(np.intp)

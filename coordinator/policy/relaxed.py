@@ -10,9 +10,8 @@ Every token of cache spares its receiver gain_i = prefill_i - decode_i seconds a
 the same: receivers take them from the links where that ratio is best (fractional knapsack), and T is feasible iff all
 fits. Where links pass several shared channels, channels get prices that rise where they are too full.
 
-Asked hopefully, with everything in a link's favour (its sender works for it alone, what comes last is its shortest
-slice), no plan of constant rates ends before the least T. Otherwise it is asked with what each link's slice costs the
-others, and its answer is a plan, exact but for whole slices and the fixed part of a prefill.
+It is asked with what each link's slice costs the others, so that its answer is a plan, exact but for whole slices and
+the fixed part of a prefill. (`bound` asks the same with everything in a link's favour.)
 """
 
 from __future__ import annotations
@@ -41,36 +40,15 @@ class Needed:
 
 
 class Relaxed:
-    """One scenario at one choice of rungs.
+    """One scenario at one choice of rungs."""
 
-    near_bps, near_own: rates and own tokens (K,) near which shares of a band (fdma) and prefills that slow with length
-    are taken as linear; hopefully that is by their tangents, which are nowhere above them. Hopefully each link also
-    codes as fast as at any rung from this one up.
-    """
-
-    def __init__(
-        self,
-        shares: Shares,
-        rungs: Ints,
-        *,
-        hopeful: bool,
-        near_bps: Floats | None = None,
-        near_own: Floats | None = None,
-    ) -> None:
+    def __init__(self, shares: Shares, rungs: Ints) -> None:
         table = self._table = shares.table
-        self._hopeful = hopeful
         self._order: Ints | None = None
         self._ordered_s = self._within_s = 1.0
         self._bits, self._encode_s, self._decode_s = shares.coded(rungs)
         self._tokens = np.maximum(table.tokens, 1.0)
         self._prefill_s = table.prefill_s(table.tokens) / self._tokens
-        self._prefills_s = self._prefill_s * table.tokens
-        """Of all of a link's tokens, as far as they take as long as one another."""
-        if hopeful:
-            self._encode_s, self._decode_s = table.ladders.fastest()
-            near = table.tokens / 2 if near_own is None else near_own
-            self._prefill_s = self._prefill_s + table.prefill_square_s * (2 * near - table.tokens)
-            self._prefills_s = self._prefill_s * table.tokens - table.prefill_square_s * near**2
         self._gain_s = self._prefill_s - self._decode_s
         self._open: Flags = table.may_cache & (self._gain_s > 0)
         self._streams = table.slice_tokens < WHOLE
@@ -78,85 +56,48 @@ class Relaxed:
         """Links whose receivers get a cache from nobody else: for these whole slices are counted exactly."""
         self._link_s = np.where(np.isfinite(table.most_bps), self._bits / table.most_bps, 0.0)
         """Seconds a token of cache takes on a link that has all to itself."""
-        self._set_offsets(hopeful=hopeful)
-        rates = np.zeros(table.count) if near_bps is None else near_bps
-        self._slope, self._intercept = table.tangents(rates)
+        self._set_offsets()
+        self._slope = table.tangents(np.zeros(table.count))[0]
         self._prices = np.where(table.shared, 1.0, 0.0)
-        self._simple = self._one_price()
+        self._simple = table.one_shared_way(self._open)
 
-    def _one_price(self) -> bool:
-        """Whether no receiver has a choice between shared channels, so that the cheapest tokens are so at any price."""
-        table = self._table
-        counts = table.shared[table.pair_channel] & self._open[table.pair_link]
-        receivers, channels = table.receivers.index[table.pair_link[counts]], table.pair_channel[counts]
-        ways = np.unique(np.stack([receivers, channels]), axis=1)
-        return bool(np.bincount(ways[0], minlength=1).max() <= 1)
-
-    def _set_offsets(self, *, hopeful: bool) -> None:
-        table = self._table
-        slice_ = self._slice(hopeful=hopeful)
-        start_s, after_s = table.order_s, table.back_s + table.after_s
-        tail_s = np.where(self._open, self._decode_s * slice_, 0.0)
-        if not hopeful:
-            start_s = start_s + table.before_at_sender(
-                np.where(self._open, table.produce_s(table.tokens) + self._encode_s * table.tokens, 0.0)
-            )
-            tail_s = table.receivers.sums(tail_s)[table.receivers.index]
+    def _set_offsets(self) -> None:
+        table, slice_ = self._table, self._slice()
+        after_s = table.back_s + table.after_s
+        work_s = np.where(self._open, table.produce_s(table.tokens) + self._encode_s * table.tokens, 0.0)
+        start_s = table.order_s + table.before_at_sender(work_s)
+        tail_s = table.receivers.sums(np.where(self._open, self._decode_s * slice_, 0.0))[table.receivers.index]
         begin_s = start_s + table.produce_s(slice_) + self._encode_s * slice_
-        self._set_production(start_s + self._encode_s * slice_ + tail_s + after_s, slice_, hopeful=hopeful)
+        self._set_production(start_s + self._encode_s * slice_ + tail_s + after_s, slice_)
         self._made_s = start_s + table.produce_s(table.tokens) + self._link_s * slice_ + tail_s + after_s
         head_s = np.where(np.isfinite(table.most_bps), table.head_bits / table.most_bps, 0.0)
-        text_s = table.text_token_s * slice_
-        self._sure_s = np.zeros(table.count)
-        """By when no link ends, even if there is nothing but itself."""
-        if hopeful:
-            # Of a text in several slices, prefill flows with the text from its beginning on.
-            text_s = np.maximum(np.where(table.tokens <= slice_, text_s, 0.0) - head_s, 0.0)
-            self._sure_s = self._chain_s(head_s, slice_) + table.order_s + after_s
-        ids_s = table.order_s + after_s + text_s + head_s
-        first_s = np.where(self._open, begin_s + self._link_s * slice_ + after_s, np.inf)
-        self._ids_s = self._earliest(ids_s) if hopeful else -self._earliest(-ids_s)
-        self._first_s = self._earliest(first_s)
+        ids_s = table.order_s + after_s + table.text_token_s * slice_ + head_s
+        self._ids_s = -self._earliest(-ids_s)
+        self._first_s = self._earliest(np.where(self._open, begin_s + self._link_s * slice_ + after_s, np.inf))
 
-    def _chain_s(self, head_s: Floats, slice_: Floats) -> Floats:
-        """What each link takes at least if there is nothing but itself, as text or with its shortest slice of cache."""
-        table = self._table
-        text_s = np.maximum(head_s, table.text_token_s * table.tokens)
-        text_s = text_s + table.prefill_s(table.tokens) * table.text_at_once(table.tokens)
-        way_s = self._link_s * slice_
-        made_s = np.maximum(head_s, table.produce_s(table.tokens) + self._encode_s * slice_)
-        cache_s = made_s + way_s + self._decode_s * slice_
-        return np.asarray(np.where(table.may_cache, np.minimum(text_s, cache_s), text_s))
-
-    def _set_production(self, others_s: Floats, slice_: Floats, *, hopeful: bool) -> None:
+    def _set_production(self, others_s: Floats, slice_: Floats) -> None:
         """A cache that is still to be made can be sent from its first slice on: the more of it, the earlier."""
         table = self._table
         if not self._streams:
             self._offset_s, self._earlier_s = others_s + table.produce_s(table.tokens), np.zeros(table.count)
             return
-        behind = slice_ - table.slice_tokens if hopeful else slice_
-        made_s = np.where(table.cached, 0.0, table.produce_fixed_s + table.produce_token_s * (table.tokens + behind))
+        made_s = table.produce_fixed_s + table.produce_token_s * (table.tokens + slice_)
         self._earlier_s = table.produce_token_s
-        self._offset_s = others_s + made_s
+        self._offset_s = others_s + np.where(table.cached, 0.0, made_s)
 
-    def _slice(self, *, hopeful: bool) -> Floats:
+    def _slice(self) -> Floats:
         """Tokens of the slice that must be made, sent and decoded while nothing else can be; without slices none."""
         if not self._streams:
             return np.zeros(self._table.count)
-        size = self._table.slice_tokens
-        last = self._tokens - (np.ceil(self._tokens / size) - 1) * size
-        return np.asarray(last if hopeful else np.minimum(self._tokens, size))
+        return np.asarray(np.minimum(self._tokens, self._table.slice_tokens))
 
     def _earliest(self, by_link: Floats) -> Floats:
         found = np.full(self._table.receivers.count, np.inf)
         np.minimum.at(found, self._table.receivers.index, by_link)
         return found
 
-    def around_s(self, high_s: float) -> tuple[float, float]:
-        """The least T that fits lies between these, within TOLERANCE, if it is no more than high_s.
-
-        By the first nothing ends, of that it is certain if this is asked hopefully.
-        """
+    def least_s(self, high_s: float) -> float:
+        """The least T that fits, within TOLERANCE, if it is no more than high_s."""
         low_s = 0.0
         for _ in range(SEARCHES):
             if high_s - low_s <= TOLERANCE * high_s:
@@ -166,47 +107,38 @@ class Relaxed:
                 high_s = middle_s
             else:
                 low_s = middle_s
-        return low_s, high_s
+        return high_s
 
     def needed(self, within_s: float) -> Needed:
         """The cheapest tokens of cache with which all end by within_s."""
         table, self._within_s = self._table, within_s
-        wanted_s = table.receivers.sums(self._prefills_s) + self._ids_s - within_s
+        wanted_s = table.receivers.sums(self._prefill_s * table.tokens) + self._ids_s - within_s
         window_s = within_s - self._offset_s
         most = np.where(self._open, np.clip(self._most(within_s, window_s), 0.0, table.tokens), 0.0)
-        short = table.receivers.sums(self._gain_s * most) < wanted_s * (1 - 1e-12)
-        if short.any() or np.any(within_s < self._sure_s * (1 - 1e-12)):
+        if np.any(table.receivers.sums(self._gain_s * most) < wanted_s * (1 - 1e-12)):
             return Needed(most, fits=False)
-        per_token_s = self._earlier_s - (0.0 if self._hopeful else self._slowly_s() / 2)
-        share_s = self._bits / np.maximum(window_s + per_token_s * most, 1e-12)
+        share_s = self._bits / np.maximum(window_s + (self._earlier_s - self._slowly_s() / 2) * most, 1e-12)
         cached = most
         for _ in range(PRICINGS):
             cached = self._cheapest(wanted_s, most, self._costs(share_s))
-            cached = np.where(self._alone, self._whole(cached), cached)
+            cached = np.where(self._alone, table.sent_tokens(np.maximum(table.tokens - cached, 0.0)), cached)
             if np.any(cached > most * (1 + 1e-9)):
                 return Needed(cached, fits=False)
-            decoded = self._cheapest(wanted_s, most, self._decode_s) if self._hopeful else cached
-            decoding_s = table.receivers.sums(self._decode_s * decoded)
+            decoding_s = table.receivers.sums(self._decode_s * cached)
             if np.any(decoding_s > np.maximum(within_s - self._first_s, 0.0) + 1e-12):
                 return Needed(cached, fits=False)
-            used = self._hoped(cached * share_s) if self._hopeful else table.used(self._rates(cached, window_s))
+            used = table.used(self._rates(cached, window_s))
             over = used / np.maximum(table.free, 1e-12)
             if over.size == 0 or over.max() <= 1 + 1e-9:
                 return Needed(cached, fits=True)
             if self._simple or np.vdot(self._prices, used) > np.vdot(self._prices, table.free) * (1 + 1e-9):
                 return Needed(cached, fits=False)
             self._prices = self._prices * np.clip(over, 0.25, 4.0)
-        # No prices prove that channels can't hold it.
-        return Needed(cached, fits=self._hopeful)
-
-    def _whole(self, cached: Floats) -> Floats:
-        """In whole slices; hopefully what rounding adds to one begins no other."""
-        own = self._table.tokens - cached + (1e-6 if self._hopeful else 0.0)
-        return self._table.sent_tokens(np.maximum(own, 0.0))
+        return Needed(cached, fits=False)
 
     def _ordered(self, ratio: Floats) -> Ints:
         """Links by receiver, the cheapest first; while one T is searched for, an order that has hardly changed."""
-        if self._order is None or self._hopeful or abs(self._within_s / self._ordered_s - 1) > HARDLY:
+        if self._order is None or abs(self._within_s / self._ordered_s - 1) > HARDLY:
             self._order = np.lexsort((ratio, self._table.receivers.index))
             self._ordered_s = self._within_s
         return self._order
@@ -230,12 +162,6 @@ class Relaxed:
         left_s = window_s + (self._earlier_s - self._slowly_s()) * cached
         bits = np.where(self._open, cached * self._bits, 0.0)
         return np.divide(bits, left_s, out=np.zeros_like(bits), where=(bits > 0) & (left_s > 0))
-
-    def _hoped(self, rates: Floats) -> Floats:
-        """What of each channel these rates take at least."""
-        table = self._table
-        shares = self._intercept + self._slope * rates[table.pair_link]
-        return np.asarray(np.bincount(table.pair_channel, weights=shares, minlength=len(table.free)), dtype=np.float64)
 
     def _costs(self, share_s: Floats) -> Floats:
         """What a token of cache costs each link at the channels' prices."""

@@ -82,7 +82,7 @@ def raise_rungs(shares: Shares, base: Allocation) -> Allocation:
         climbing &= (~lossiest | alone) & (rungs < ladders.top)
     if np.array_equal(rungs, base.rungs):
         return base
-    return shares.allocate_within(base.own, rungs, limits_s, tolerance=base.tolerance) or base
+    return shares.allocate_within(base.own, rungs, limits_s) or base
 
 
 def _limits(shares: Shares, base: Allocation) -> Floats:

@@ -11,11 +11,11 @@ enough. That is up to five demands on a link's rate, each of so many bits betwee
 
     rate_i(T) = max over demands of bits / (T - offset),   offset = moment + ways + what the receiver does after it
 
-T is feasible iff all rates exist and every channel holds them; the rates fall in T, so bisection finds the least T.
+T is feasible iff all rates exist and every channel holds them. What a channel must carry falls in T, and convexly; its
+inverse is concave where shares are of time (airtime). So Newton's steps from below never pass the least T, and a few
+reach it (`Shares.ends`), for many choices at once; those that cannot keep up are dropped on the way.
 The capacity that is left when the tightest channel is full is then given out (`fill`), and the evaluator says what the
 round takes: less than T where an earlier arrival lets the receiver start earlier.
-
-Many choices are searched at once: `least` bisects on one T for all of them and drops what cannot keep up.
 """
 
 from __future__ import annotations
@@ -29,9 +29,12 @@ from coordinator.numbers import Flags, Floats, Ints
 from coordinator.table import Table
 from coordinator.timeline import Course, Timeline, predicted, timeline
 
-BISECTIONS = 60
+GROWTHS = 40
+NEWTON_STEPS = 100
+"""Airtime takes about four, a band (fdma) ten."""
 ROUNDING = 1e-12
-LONGEST_S = 1e9
+LAST_BIT = 4e-16
+LONGEST_S = 1e12
 MOST_GROWTH = 1e6
 """Of a rate, when a channel is given out."""
 
@@ -52,6 +55,15 @@ class Rows:
         rates = np.divide(self.bits, gap, out=np.zeros_like(gap), where=gap > 0).max(axis=0)
         return rates, ~np.all((gap > 0) | ((self.bits == 0) & (gap >= 0)), axis=0)
 
+    def falling(self, ends_s: Floats) -> tuple[Floats, Floats]:
+        """The same rates, for times after all offsets, and by which fraction a second they fall, (M, K) each."""
+        gap = ends_s - self.offset_s
+        rates = np.divide(self.bits, gap, out=np.zeros_like(gap), where=gap > 0)
+        decisive = rates.argmax(axis=0)[None]
+        gap = np.take_along_axis(gap, decisive, axis=0)[0]
+        rates = np.take_along_axis(rates, decisive, axis=0)[0]
+        return rates, np.divide(1.0, gap, out=np.zeros_like(gap), where=rates > 0)
+
     @property
     def sent_bits(self) -> Floats:
         """What travels in all, (M,)."""
@@ -60,7 +72,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Allocation:
-    """One choice with its rates. own: (K,) tokens; within_s: the T that bisection guarantees, or what comes of it."""
+    """One choice with its rates. own: (K,) tokens; within_s: the T that is guaranteed, or what comes of it."""
 
     table: Table
     own: Floats
@@ -69,7 +81,6 @@ class Allocation:
     within_s: float
     bits: float
     found: Timeline
-    tolerance: float = ROUNDING
 
     @property
     def e2e_s(self) -> float:
@@ -104,7 +115,7 @@ class Allocation:
 
 
 class Shares:
-    """The questions a policy asks of a scenario. own: (M, K) tokens by row, rungs: (K,) index of a rung per link."""
+    """The questions a policy asks of a scenario. own: (M, K) tokens by row, rungs: (K,) or (M, K) places of rungs."""
 
     def __init__(self, scenario: Scenario, table: Table | None = None) -> None:
         self.scenario = scenario
@@ -126,7 +137,9 @@ class Shares:
         return np.where(cache & self.may_cache, 0.0, self.table.tokens)
 
     def coded(self, rungs: Ints) -> tuple[Floats, Floats, Floats]:
-        """(bits, encoding seconds, decoding seconds) of a token's entries, (K,) each."""
+        """(bits, encoding seconds, decoding seconds) of a token's entries, of the shape of rungs each."""
+        if rungs.ndim > 1:
+            return self.table.ladders.coded(rungs)
         key = rungs.tobytes()
         if key not in self._coded:
             self._coded[key] = self.table.ladders.coded(rungs)
@@ -188,76 +201,95 @@ class Shares:
             return work_s
         return self.table.receivers.behind(work_s, order)
 
-    def rates(self, rows: Rows, within_s: float, limits_s: Floats | None = None) -> tuple[Floats, Flags]:
-        """The least rates (M, K) that end each row by within_s (each link also by its limit), and which rows may."""
-        rates, late = rows.needed(within_s if limits_s is None else np.minimum(within_s, limits_s))
-        fits = np.all(self.table.used(rates) <= self.table.free * (1 + ROUNDING), axis=-1)
-        return rates, fits & ~late.any(axis=-1)
-
-    def least(
-        self, rows: Rows, below_s: float = np.inf, limits_s: Floats | None = None, *, tolerance: float = ROUNDING
-    ) -> tuple[Ints, float] | None:
-        """The rows that can end earliest (several if they tie), and when, to a tolerance as a share of it.
+    def least(self, rows: Rows, below_s: float = np.inf, limits_s: Floats | None = None) -> tuple[Ints, float] | None:
+        """The rows that can end earliest (several if they tie), and when; each link also by its limit, (K,).
 
         None if no row ends by below_s and limits.
         """
-        low = float(rows.offset_s.max(axis=(0, -1)).min())
-        high = float(self._upper_s(rows).min()) if below_s == np.inf else below_s
-        feasible = self.rates(rows, high, limits_s)[1]
-        if below_s == np.inf and self.rates(rows, np.inf, limits_s)[1].any():
-            # What some links must have early, others wait for: longer than if nothing were limited.
-            while not feasible.any() and high < LONGEST_S:
-                high *= 2
-                feasible = self.rates(rows, high, limits_s)[1]
-        if not feasible.any():
+        ends_s = self.ends(rows, below_s, limits_s)
+        earliest_s = float(ends_s.min(initial=np.inf))
+        if not earliest_s < np.inf:
             return None
-        active = np.flatnonzero(feasible)
-        rows = rows[active]
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            if not low < middle < high or high - low <= tolerance * high:
+        return np.flatnonzero(ends_s <= earliest_s * (1 + ROUNDING)), earliest_s
+
+    def ends(
+        self, rows: Rows, below_s: float = np.inf, limits_s: Floats | None = None, *, later: float = 0.0
+    ) -> Floats:
+        """The least T of each row, (M,); infinite for one that doesn't end by below_s and limits.
+
+        Of rows that end later than the earliest by more than a fraction `later` of it T may be infinite too.
+        """
+        found = np.full(rows.bits.shape[1], np.inf)
+        at_s = self._surely_not_before_s(rows)
+        left = at_s <= below_s
+        if limits_s is not None:
+            left &= ~rows.needed(limits_s)[1].any(axis=-1)
+        best_s = below_s
+        active, rows, at_s = np.flatnonzero(left), rows[left], at_s[left]
+        for _ in range(NEWTON_STEPS):
+            if not active.size:
                 break
-            feasible = self.rates(rows, middle, limits_s)[1]
-            if feasible.any():
-                high = middle
-                if not feasible.all():
-                    active, rows = active[feasible], rows[feasible]
-            else:
-                low = middle
-        return active, high
+            next_s = self._newton(rows, at_s, limits_s)
+            ended = next_s <= at_s
+            if ended.any():
+                found[active[ended]] = at_s[ended]
+                best_s = min(best_s, float(at_s[ended].min()) * (1 + later))
+            left = ~ended & (next_s <= best_s * (1 + ROUNDING)) & (next_s < LONGEST_S)
+            active, rows, at_s = active[left], rows[left], next_s[left]
+        return found
 
-    def surely_s(self, rows: Rows) -> float:
-        """A T by which one of them surely ends, if nothing is limited (airtime)."""
-        return float(self._upper_s(rows).min())
+    def _surely_not_before_s(self, rows: Rows) -> Floats:
+        """(M,): what each link takes that has all to itself; and what all take whose bits pass a channel together."""
+        table = self.table
+        alone_s = np.divide(rows.bits, table.most_bps, out=np.zeros_like(rows.bits), where=rows.bits > 0)
+        ends_s = rows.offset_s * (1 + LAST_BIT) + alone_s
+        decisive = ends_s.argmax(axis=0)[None]
+        at_s = np.take_along_axis(ends_s, decisive, axis=0)[0].max(axis=-1)
+        if table.fdma or not table.shared.any():
+            return np.asarray(at_s)
+        # Jensen: Σ a / (T - o) ≥ (Σ a)² / Σ a·(T - o)
+        bits, offset_s = (np.take_along_axis(each, decisive, axis=0)[0] for each in (rows.bits, rows.offset_s))
+        all_s, weighed = table.used(bits) / table.free, table.used(bits * offset_s) / table.free
+        together_s = all_s + np.divide(weighed, all_s, out=np.zeros_like(all_s), where=all_s > 0)
+        return np.asarray(np.maximum(at_s, together_s.max(axis=-1) * (1 - ROUNDING)))
 
-    def _upper_s(self, rows: Rows) -> Floats:
-        """A T at which each row is surely feasible (airtime): if every link had only the gap of the latest one."""
-        gap = np.max(self.table.used(rows.bits.max(axis=0)) / self.table.free, axis=-1, initial=0.0)
-        latest = rows.offset_s.max(axis=(0, -1))
-        return np.asarray(latest + gap + 1e-9 * (latest + gap), dtype=np.float64)
+    def _newton(self, rows: Rows, at_s: Floats, limits_s: Floats | None) -> Floats:
+        """A later time that is no later than any by which a row ends, (M,), or the same one if it ends by it."""
+        table = self.table
+        within_s = at_s[:, None] if limits_s is None else np.minimum(at_s[:, None], limits_s)
+        rates, falls = rows.falling(within_s)
+        if limits_s is not None:
+            falls = np.where(at_s[:, None] < limits_s, falls, 0.0)
+        pair_rates = rates[..., table.pair_link]
+        shares, slope = table.steepness(pair_rates)
+        used = table.by_channel(shares)
+        over = used / table.free - 1
+        full = over > ROUNDING
+        if not full.any():
+            return at_s
+        slopes = table.by_channel(slope * pair_rates * falls[..., table.pair_link])
+        wanted = np.where(full, over * (table.free if table.fdma else used), 0.0)
+        steps = np.divide(wanted, slopes, out=np.where(full, np.inf, 0.0), where=full & (slopes > 0))
+        step_s = steps.max(axis=-1)
+        return np.asarray(np.where(step_s > 0, np.maximum(at_s + step_s, at_s * (1 + LAST_BIT)), at_s))
 
-    def allocate(self, own: Floats, rungs: Ints | None = None, *, tolerance: float = ROUNDING) -> Allocation:
+    def allocate(self, own: Floats, rungs: Ints | None = None) -> Allocation:
         """Min-max rates for one choice, (K,), with what they predict. Without rungs: the tightest."""
-        unlimited = np.full(self.table.count, np.inf)
-        found = self.allocate_within(own, self.tightest() if rungs is None else rungs, unlimited, tolerance=tolerance)
+        found = self.allocate_within(own, self.tightest() if rungs is None else rungs)
         if found is None:
             raise ArithmeticError("no rates for an unlimited round: a figure of the scenario is not finite")
         return found
 
-    def allocate_within(
-        self, own: Floats, rungs: Ints, limits_s: Floats, *, tolerance: float = ROUNDING
-    ) -> Allocation | None:
+    def allocate_within(self, own: Floats, rungs: Ints, limits_s: Floats | None = None) -> Allocation | None:
         """The same, each link's receiver done by the link's limit (K,). None if that cannot be."""
         rows = self.rows(own[None, :], rungs)
-        found = self.least(rows, limits_s=limits_s, tolerance=tolerance)
+        found = self.least(rows, limits_s=limits_s)
         if found is None:
             return None
-        rates = self.fill(self.rates(rows, found[1], limits_s)[0][0])
+        rates = self.fill(rows.needed(found[1] if limits_s is None else np.minimum(found[1], limits_s))[0][0])
         course = Course(own, *self.coded(rungs), rates[:, None])
         timed = timeline(self.table, course)
-        return Allocation(
-            self.table, own, rungs, course, max(found[1], timed.e2e_s), float(rows.sent_bits[0]), timed, tolerance
-        )
+        return Allocation(self.table, own, rungs, course, max(found[1], timed.e2e_s), float(rows.sent_bits[0]), timed)
 
     def needed(self, own: Floats, rungs: Ints, limits_s: Floats) -> Floats:
         """The least rates (K,) that end each link by its limit; infinite where none does."""
@@ -306,11 +338,14 @@ class Shares:
         if not table.fdma:
             left = np.maximum(table.free - table.used(rates), 0.0)
             return np.divide(left, used, out=np.full_like(left, np.inf), where=used > 0)
-        low, high = np.zeros_like(used), np.full_like(used, MOST_GROWTH)
         pair_rates, moving = rates[table.pair_link], growing[table.pair_link]
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            grown = pair_rates * np.where(moving, 1 + middle[table.pair_channel], 1.0)
-            fits = table.used_by_pairs(grown) <= table.free
-            low, high = np.where(fits, middle, low), np.where(fits, high, middle)
-        return np.where(used > 0, low, np.inf)
+        growth = np.zeros_like(used)
+        for _ in range(GROWTHS):  # Newton's: what a band is used grows convexly, so all but the first are too large
+            shares, slope = table.steepness(pair_rates * np.where(moving, 1 + growth[table.pair_channel], 1.0))
+            slopes = table.by_channel(np.where(moving, slope * pair_rates, 0.0))
+            over = table.by_channel(shares) - table.free
+            step = np.divide(over, slopes, out=np.zeros_like(over), where=slopes > 0)
+            growth = np.clip(growth - step, 0.0, MOST_GROWTH)
+            if np.all(np.abs(step) <= ROUNDING * (1 + growth)):
+                break
+        return np.where(used > 0, growth * (1 - ROUNDING), np.inf)

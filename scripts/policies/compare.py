@@ -65,11 +65,9 @@ def best_binary_s(shares: Shares, known: list[Allocation]) -> float | None:
     rungs = shares.tightest()
     own = _media(shares)
     rows = shares.rows(own, rungs)
-    found = shares.least(rows)
-    if found is None:
-        return None
-    near = np.flatnonzero(shares.rates(rows, found[1] * NEAR)[1])
-    tried = list(dict.fromkeys([int(found[0][0]), *near[:NEAREST].tolist()]))
+    ends_s = shares.ends(rows, later=NEAR - 1)
+    near = np.flatnonzero(ends_s <= ends_s.min() * NEAR)
+    tried = list(dict.fromkeys([int(ends_s.argmin()), *near[:NEAREST].tolist()]))
     return min(each.e2e_s for each in [*known, *(shares.allocate(own[row], rungs) for row in tried)])
 
 

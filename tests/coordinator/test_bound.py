@@ -15,8 +15,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from broker_config.messages import Speed
 from coordinator.latency import Decision, Scenario
 from coordinator.numbers import Floats
-from coordinator.policy.optimum import lower_bound, optimum
-from coordinator.policy.relaxed import Relaxed
+from coordinator.policy.bound import Bound, lower_bound
+from coordinator.policy.optimum import optimum
 from coordinator.policy.shares import Allocation, Shares
 from coordinator.timeline import evaluate
 from tests.coordinator.builders import make_link, random_scenario
@@ -33,10 +33,6 @@ def bound_of(shares: Shares) -> tuple[float, Allocation]:
     return lower_bound(shares, best), best
 
 
-def relaxed_of(shares: Shares, best: Allocation) -> Relaxed:
-    return Relaxed(shares, shares.tightest(), hopeful=True, near_bps=best.course.rates[:, 0], near_own=best.own)
-
-
 def drawn(seed: int) -> Scenario:
     return replace(random_scenario(seed, links=1 + seed % 7, receivers=1 + seed % 2), slice_tokens=SLICE)
 
@@ -46,14 +42,14 @@ def test_nothing_that_is_found_is_called_impossible(seed: int) -> None:
     """Asked of the relaxed programme itself: `lower_bound` caps what it says by the plan."""
     shares = Shares(wild_scenario(seed))
     best = optimum(shares)
-    assert relaxed_of(shares, best).needed(best.e2e_s * (1 + CLOSE)).fits
+    assert Bound(shares, best).fits(best.e2e_s * (1 + CLOSE))
 
 
 @pytest.mark.parametrize("seed", range(60))
 def test_nothing_that_is_found_is_called_impossible_where_channels_are_shared_in_frequency(seed: int) -> None:
     shares = Shares(wild_scenario(seed, links=1 + seed % 3, fdma=True))
     best = optimum(shares)
-    assert relaxed_of(shares, best).needed(best.e2e_s * (1 + CLOSE)).fits
+    assert Bound(shares, best).fits(best.e2e_s * (1 + CLOSE))
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -243,10 +239,10 @@ def test_a_mixed_integer_programme_ends_no_earlier_than_the_bound_and_little_bef
     scenario = sliced(seed)
     shares = Shares(scenario)
     bound_s, best = bound_of(shares)
-    programme, relaxed = Programme(scenario), relaxed_of(shares, best)
+    programme, relaxed = Programme(scenario), Bound(shares, best)
     least_s = programme.least_s(best.e2e_s * 1.01)
     assert least_s <= best.e2e_s * (1 + 1e-5)
     assert bound_s <= least_s * (1 + 1e-5)
     for factor in (1.00001, 1.001, 1.02, 1.3):
-        assert relaxed.needed(least_s * factor).fits
+        assert relaxed.fits(least_s * factor)
     assert best.e2e_s <= least_s * (1 + SLICES_GAP)

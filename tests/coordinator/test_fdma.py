@@ -131,3 +131,13 @@ def test_no_channel_is_given_more_than_its_band(seed: int) -> None:
     used = shares.table.used(found.course.rates[:, 0])
     assert np.all(used <= shares.table.free * (1 + 1e-9))
     assert found.e2e_s <= found.within_s * (1 + 1e-9)
+
+
+@given(st.floats(1e-3, 1e5), st.floats(1e-4, 1e3))
+def test_what_a_band_is_used_grows_as_its_slope_says_beyond_all_of_it_too(snr: float, alone: float) -> None:
+    bps = 2e7
+    table = Table(scenario_of([make_link(snr=snr, channels=(("band", bps),))]))
+    around = alone * bps * np.array([[1 - 1e-4], [1.0], [1 + 1e-4]])
+    shares, slope = table.steepness(around)
+    assert slope[0, 0] * (1 - 1e-3) <= (shares[2, 0] - shares[0, 0]) / (around[2, 0] - around[0, 0])
+    assert (shares[2, 0] - shares[0, 0]) / (around[2, 0] - around[0, 0]) <= slope[2, 0] * (1 + 1e-3)
