@@ -20,13 +20,12 @@ import numpy as np
 from coordinator.numbers import Floats, Ints
 from coordinator.policy.base import StagedPolicy
 from coordinator.policy.bound import lower_bound
-from coordinator.policy.jmsra import binary_choices
+from coordinator.policy.deadlines import weighed
+from coordinator.policy.jmsra import FEW_LINKS, binary_choices
 from coordinator.policy.relaxed import Relaxed
 from coordinator.policy.shares import Allocation, Shares
 from coordinator.table import WHOLE, Table
 
-FEW_LINKS = 12
-"""Up to so many, splits are improved by moves; JMSRA is asked too, whose search takes time with the cube of links."""
 LATER = (1.0, 1.003, 1.01, 1.03, 1.1, 1.3)
 """Splits are drawn for T so much later than the relaxed one: what rounding takes must be had back."""
 LATER_OF_MANY = (1.003, 1.03)
@@ -50,13 +49,16 @@ class OptimumPolicy(StagedPolicy):
     meets = True
 
     def choose(self, shares: Shares) -> Allocation:
-        """The best splits found; where all have deadlines that text keeps, text: lossless, in the fewest bytes."""
+        """The best splits found; where all have deadlines that text keeps, text: lossless, in the fewest bytes.
+
+        Of several deadlines those that are missed by most count first.
+        """
         deadlines_s = [terms.deadline_s for terms in shares.scenario.requests]
         if None not in deadlines_s:
             text = shares.allocate(shares.table.tokens)
             if np.all(text.found.request_e2e_s <= np.array(deadlines_s, dtype=np.float64)):
                 return text
-        return optimum(shares)
+        return weighed(shares, optimum(shares), optimum)
 
     def bound_s(self, shares: Shares, chosen: Allocation) -> float:
         """See `lower_bound`."""

@@ -236,7 +236,7 @@ class Shares:
                 best_s = min(best_s, float(at_s[ended].min()) * (1 + later))
             left = ~ended & (next_s <= best_s * (1 + ROUNDING)) & (next_s < LONGEST_S)
             active, rows, at_s = active[left], rows[left], next_s[left]
-        return found
+        return np.where(found <= below_s, found, np.inf)
 
     def _surely_not_before_s(self, rows: Rows) -> Floats:
         """(M,): what each link takes that has all to itself; and what all take whose bits pass a channel together."""
