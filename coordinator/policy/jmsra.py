@@ -17,7 +17,7 @@ from coordinator.policy.base import BinaryPolicy
 from coordinator.policy.shares import Allocation, Shares
 
 TIE_S = 1e-9
-FEW_LINKS = 12
+FEW_LINKS = 32
 """Up to so many another policy asks for the search too, whose time grows with the cube of links."""
 
 

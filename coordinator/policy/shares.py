@@ -58,10 +58,9 @@ class Rows:
     def falling(self, ends_s: Floats) -> tuple[Floats, Floats]:
         """The same rates, for times after all offsets, and by which fraction a second they fall, (M, K) each."""
         gap = ends_s - self.offset_s
-        rates = np.divide(self.bits, gap, out=np.zeros_like(gap), where=gap > 0)
-        decisive = rates.argmax(axis=0)[None]
-        gap = np.take_along_axis(gap, decisive, axis=0)[0]
-        rates = np.take_along_axis(rates, decisive, axis=0)[0]
+        wanted = np.divide(self.bits, gap, out=np.zeros_like(gap), where=gap > 0)
+        rates = wanted.max(axis=0)
+        gap = np.where(wanted == rates, gap, 0.0).max(axis=0)
         return rates, np.divide(1.0, gap, out=np.zeros_like(gap), where=rates > 0)
 
     @property
@@ -243,12 +242,13 @@ class Shares:
         table = self.table
         alone_s = np.divide(rows.bits, table.most_bps, out=np.zeros_like(rows.bits), where=rows.bits > 0)
         ends_s = rows.offset_s * (1 + LAST_BIT) + alone_s
-        decisive = ends_s.argmax(axis=0)[None]
-        at_s = np.take_along_axis(ends_s, decisive, axis=0)[0].max(axis=-1)
+        link_s = ends_s.max(axis=0)
+        at_s = link_s.max(axis=-1)
         if table.fdma or not table.shared.any():
             return np.asarray(at_s)
         # Jensen: Σ a / (T - o) ≥ (Σ a)² / Σ a·(T - o)
-        bits, offset_s = (np.take_along_axis(each, decisive, axis=0)[0] for each in (rows.bits, rows.offset_s))
+        bits = np.where(ends_s == link_s, rows.bits, 0.0).max(axis=0)
+        offset_s = link_s - np.divide(bits, table.most_bps, out=np.zeros_like(bits), where=bits > 0)
         all_s, weighed = table.used(bits) / table.free, table.used(bits * offset_s) / table.free
         together_s = all_s + np.divide(weighed, all_s, out=np.zeros_like(all_s), where=all_s > 0)
         return np.asarray(np.maximum(at_s, together_s.max(axis=-1) * (1 - ROUNDING)))
