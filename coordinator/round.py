@@ -296,6 +296,20 @@ class Round:
         return link.share_bps > 0 and (shared or link.share_bps < ALONE_SHARE * link.link_bps)
 
 
+def unfinished(ask: Ask, policy: str, reason: str) -> RoundReport:
+    """Of a question whose round is not known any more."""
+    return RoundReport(
+        request=ask.request,
+        question=ask.question,
+        receiver=ask.receiver,
+        policy=policy,
+        state="failed",
+        quality_floor=ask.quality_floor,
+        deadline_s=ask.deadline_s,
+        reason=reason,
+    )
+
+
 def _revised(link: LinkPlan, share_bps: float) -> LinkPlan:
     """The same with another share, and a note of the last one."""
     kept = [note for note in link.note.split("; ") if note and not note.startswith(REVISED)]

@@ -188,7 +188,7 @@ class PredictionError(Struct, frozen=True, kw_only=True):
 
 
 class CoordinatorPresence(Message, frozen=True, kw_only=True, tag="coordinator"):
-    """Retained: whether a coordinator is there, and how well it has predicted since it started."""
+    """Retained: whether a coordinator is there, and how well it has predicted its last rounds."""
 
     instance: Id
     state: Literal["online", "offline"]
