@@ -24,6 +24,7 @@ from broker_config.messages import PredictionError, RoundReport, SendOutcome
 from broker_config.messages.base import AgentId
 from broker_config.messages.rounds import PolicyName
 from coordinator.policy import LinkPlan
+from coordinator.probing import KEPT_PACE, PROBING
 from coordinator.round import Round
 
 QUANTILE = 0.3
@@ -37,8 +38,6 @@ LEAST_BYTES = 256 * 1024
 """A shorter transfer says more of round trips than of rates."""
 WORKED_SHARE = 0.5
 """Where coding took more of a transfer than this, the link may have waited for it."""
-KEPT_PACE, PROBING = 0.9, 1.25
-"""A paced transfer that kept its pace shows that the link is no worse than planned: a quarter more is tried next."""
 ERRORS_REMEMBERED = 64
 LARGEST_ERROR = 1e6
 MOST_LINKS, MOST_RECEIVERS, MOST_POLICIES = 512, 256, 64

@@ -28,6 +28,7 @@ from broker_config.messages.base import RungName
 from coordinator.drift import Drift, Rule
 from coordinator.fleet import Fleet
 from coordinator.policy import LinkPlan, RequestPlan
+from coordinator.probing import Probing
 
 LEAST_PART_TIMEOUT_S = 4.0
 PART_TIMEOUT_FACTOR = 3.0
@@ -64,7 +65,8 @@ class Round:
     `done` is set when the receiver has told the end, or when the round was stopped; whichever came first counts.
     receiver_instance: the receiver as it was when the round was planned; another one knows nothing of it. factors,
     overhead_s: what was learned of links and receiver when it was. revised: transfers whose shares have changed since.
-    reporting: those whose senders say how far they are; hops: what rates these were found to have by channel.
+    reporting: those whose senders say how far they are; probing: those that were found slow. shared_by: those that had
+    their shares in the last revision.
     """
 
     ask: Ask
@@ -80,7 +82,8 @@ class Round:
     transfers: tuple[str, ...] = ()
     revised: set[str] = field(default_factory=set)
     reporting: set[str] = field(default_factory=set)
-    hops: dict[str, tuple[tuple[str, float], ...]] = field(default_factory=dict)
+    probing: Probing = field(default_factory=Probing)
+    shared_by: frozenset[str] = frozenset()
     first_piece_s: float | None = None
     answered_s: float | None = None
     sends: dict[str, SendOutcome] = field(default_factory=dict)

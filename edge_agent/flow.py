@@ -45,6 +45,10 @@ class Flow:
         ):
             self._samples.popleft()
 
+    def repaced(self) -> None:
+        """It has another pace from now on: how fast it was before says nothing of that."""
+        self._samples.clear()
+
     @property
     def pace_bps(self) -> float | None:
         """Its share now; None: unpaced."""

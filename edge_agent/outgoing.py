@@ -100,6 +100,7 @@ class Outgoing:
             log.info("transfer %s is not under way: its pace is nobody's", order.transfer)
             return
         job.pacer.change(order.rate_bps or None, order.later_rates)
+        job.flow.repaced()
 
     async def _send(self, job: _Job) -> Sent:
         order = job.order

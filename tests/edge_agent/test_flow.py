@@ -55,6 +55,17 @@ def test_a_change_is_seen_within_a_second_and_silence_too(clock: Clock) -> None:
     assert moving.goodput_bps < 2.5e6
 
 
+def test_after_a_change_of_pace_only_the_new_one_is_told(clock: Clock) -> None:
+    moving = Flow("t")
+    moving.made(100 * MEGABYTE)
+    run(clock, moving, MEGABYTE, 2, every_s=0.5)
+    moving.repaced()
+    assert moving.goodput_bps is None
+    run(clock, moving, 2 * MEGABYTE, 1, every_s=0.5)
+    assert moving.goodput_bps == pytest.approx(16e6, rel=0.01)
+    assert moving.moved_bytes == pytest.approx(4 * MEGABYTE, rel=0.01)
+
+
 def test_reports_that_come_seldom_are_taken_over_a_longer_time(clock: Clock) -> None:
     moving = Flow("t")
     moving.made(100 * MEGABYTE)
