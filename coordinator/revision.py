@@ -81,10 +81,12 @@ def revise(
         channels, after_s = settings.site_channels(), now_s - round_.accepted_s
         moving = [_moving(transfer, link, round_, fleet, channels, after_s=after_s) for transfer, link in running]
         round_.drift.ends_s = after_s + max(each.left_s for each in moving)
-        drifted = round_.drift.heard(telemetry.agent, _rates(telemetry, running, moving, fleet, round_), now_s)
+        news = _news(telemetry, running, moving, round_)
         for each in moving:
-            if each.sender == telemetry.agent and each.transfer in round_.reporting:
+            if each.transfer in news:
                 round_.probing.heard(each.transfer, each.goodput_bps and each.goodput_bps / each.share_bps)
+        rates_bps = _rates(telemetry.agent, running, moving, news, fleet=fleet, round_=round_)
+        drifted = round_.drift.heard(telemetry.agent, rates_bps, now_s)
         if round_.drift.may(now_s):
             free = airtime_free(fleet, settings, [other for other in rounds if other is not round_], round_.factors)
             orders += _orders(moving, round_, fleet, free, drifted=drifted, now_s=now_s)
@@ -227,24 +229,39 @@ def _slowed(each: Moving, moving: Sequence[Moving], common: set[str], free: Mapp
     return replace(each, hops=tuple(hops))
 
 
+def _news(
+    telemetry: Telemetry, running: Sequence[tuple[str, LinkPlan]], moving: Sequence[Moving], round_: Round
+) -> set[str]:
+    """Transfers of which the report's agent says something that it has not said before."""
+    said = {progress.transfer: progress for progress in telemetry.sending}
+    news = set()
+    for (transfer, link), each in zip(running, moving, strict=True):
+        if link.sender != telemetry.agent or transfer not in said:
+            continue
+        if transfer not in round_.reporting or link.later_rates:
+            round_.drift.references[transfer] = each.share_bps
+        if said[transfer] != round_.reporting.get(transfer):
+            news.add(transfer)
+        round_.reporting[transfer] = said[transfer]
+    return news
+
+
 def _rates(
-    telemetry: Telemetry,
+    agent: str,
     running: Sequence[tuple[str, LinkPlan]],
     moving: Sequence[Moving],
+    news: Collection[str],
+    *,
     fleet: Fleet,
     round_: Round,
 ) -> dict[str, float]:
-    """What this report says of the running transfers of its agent, in bits per second."""
-    said = {progress.transfer for progress in telemetry.sending}
+    """What an agent's report says of its running transfers, in bits per second."""
     found: dict[str, float] = {}
     for (transfer, link), each in zip(running, moving, strict=True):
-        if link.sender == telemetry.agent and transfer in said:
-            if transfer not in round_.reporting or link.later_rates:
-                round_.reporting.add(transfer)
-                round_.drift.references[transfer] = each.share_bps
+        if transfer in news:
             if each.goodput_bps is not None:
                 found[transfer] = each.goodput_bps
-        elif transfer not in round_.reporting and telemetry.agent in {link.sender, link.receiver}:
+        elif transfer not in round_.reporting and agent in {link.sender, link.receiver}:
             found[transfer] = _link_rate(link, fleet, round_)
     return found
 

@@ -268,7 +268,7 @@ class _Job:
     def __init__(self, order: SendOrder, began_s: float) -> None:
         self.order = order
         self.pacer = Pacer(order.rate_bps or None, order.chunk_bytes, order.later_rates, began_s=began_s)
-        self.flow = Flow(order.transfer, pace=self.pacer.rate_bps)
+        self.flow = Flow(order.transfer, chunk_bytes=order.chunk_bytes, pace=self.pacer.rate_bps)
         self.meet = False
         """Whether its receiver goes on computing while slices come, which then come last first."""
         self.payload_bytes = 0

@@ -104,9 +104,12 @@ class FakeAgent:
         await self.bus.publish(topics.PRESENCE, message, agent=self.name)
 
     async def report(self) -> None:
-        """Telemetry, once."""
+        """Telemetry, once; what it sends has moved on by the next."""
         known = telemetry(self.name, self.number, self._sequence, contexts=self.contexts)
         message = msgspec.structs.replace(known, sending=self.sending)
+        self.sending = tuple(
+            msgspec.structs.replace(each, moved_bytes=each.moved_bytes + 1_000) for each in self.sending
+        )
         self._sequence += 1
         await self.bus.publish(topics.TELEMETRY, message, agent=self.name)
 

@@ -146,6 +146,17 @@ def test_what_its_sender_says_of_a_transfer_outweighs_the_rate_of_its_link() -> 
     assert {second for second, _, _ in orders} == {2}
 
 
+def test_what_is_said_twice_is_said_once() -> None:
+    """Reports may come more often than chunks."""
+    round_ = both()
+    assert played(round_, [{"pi-1": 1e7, "pi-2": 1e7}]) == []
+    fleet = site(round_, {"pi-1": 3e6, "pi-2": 1e7}, 1)
+    report = fleet.agents["pi-1"].telemetry
+    assert report is not None
+    for second in range(1, 6):
+        assert revise(report, [round_], fleet=fleet, settings=SETTINGS, now_s=100.0 + second) == []
+
+
 def test_a_report_of_another_agent_or_of_no_transfer_says_nothing() -> None:
     fleet = fleet_of(telemetry("pi-3", link=FAST), telemetry("pi-1"), telemetry("pi-2"), telemetry("jetson-1"))
     report = fleet.agents["pi-3"].telemetry
