@@ -89,7 +89,9 @@ def revise(
         drifted = round_.drift.heard(telemetry.agent, rates_bps, now_s)
         if round_.drift.may(now_s):
             free = airtime_free(fleet, settings, [other for other in rounds if other is not round_], round_.factors)
-            orders += _orders(moving, round_, fleet, free, drifted=drifted, now_s=now_s)
+            given = _orders(moving, round_, fleet, free, drifted=drifted, now_s=now_s)
+            round_.revisions += bool(given)
+            orders += given
     return orders
 
 

@@ -83,6 +83,7 @@ class Round:
     rule: Rule = field(default_factory=Rule)
     transfers: tuple[str, ...] = ()
     revised: set[str] = field(default_factory=set)
+    revisions: int = 0
     reporting: dict[str, SendProgress] = field(default_factory=dict)
     probing: Probing = field(default_factory=Probing)
     shared_by: frozenset[str] = frozenset()
@@ -264,6 +265,7 @@ class Round:
             answer=answer.answer if answer else "",
             answer_tokens=answer.answer_tokens if answer else 0,
             fallbacks=sum(bool(part.fallback) for part in parts.values()),
+            revisions=self.revisions,
             reason=(reason or (answer.reason if answer else ""))[:1024],
         )
 

@@ -89,6 +89,7 @@ def test_a_sender_that_falls_behind_leaves_its_share_to_the_other() -> None:
     links = round_.report("planned").links
     assert links[0].note == f"share revised to {links[0].share_bps / 1e6:.1f} Mbit/s"
     assert links[1].share_bps == orders[1][2].rate_bps
+    assert round_.report("planned").revisions == 1
 
 
 @pytest.mark.parametrize("told", [True, False])
