@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from broker_config.messages import Rung
 from coordinator.columns import Columns, columns_of
 from coordinator.ladders import Ladders
 from coordinator.latency import Scenario
@@ -28,19 +29,48 @@ _question_tokens = attrgetter("question_tokens")
 
 
 class Groups:
-    """Links by what they have in common. index: (K,) which group each is in; the groups are numbered from 0."""
+    """N things by what they have in common. index: (N,) which group each is in; the groups are numbered from 0."""
 
-    def __init__(self, keys: Sequence[Hashable]) -> None:
-        self.index, distinct = numbered(keys, keys)
-        self.count = len(distinct)
-        self.alone = self.count == len(keys)
+    def __init__(self, index: Ints, count: int) -> None:
+        self.index, self.count = index, count
+        self.alone = count == len(index)
         """Whether nobody shares a group."""
+
+    @classmethod
+    def of(cls, keys: Sequence[Hashable]) -> Groups:
+        """By key."""
+        index, distinct = numbered(keys, keys)
+        return cls(index, len(distinct))
+
+    @cached_property
+    def sizes(self) -> Ints:
+        """How many each group has."""
+        return np.bincount(self.index, minlength=self.count)
+
+    @cached_property
+    def starts(self) -> Ints:
+        """Where each group begins when things are sorted by group."""
+        return np.cumsum(self.sizes) - self.sizes
 
     @cached_property
     def _sorted_starts(self) -> Ints:
-        """Of links sorted by group, where the group of each begins."""
-        sizes = np.bincount(self.index, minlength=self.count)
-        return np.repeat(np.cumsum(sizes) - sizes, sizes)
+        """Of things sorted by group, where the group of each begins."""
+        return np.repeat(self.starts, self.sizes)
+
+    @cached_property
+    def _short(self) -> NDArray[np.unsignedinteger[Any]]:
+        """The index in so few bytes that it is sorted by counting."""
+        return self.index.astype(np.min_scalar_type(self.count))
+
+    def order(self, values: Floats) -> Ints:
+        """By group, and within one by value, (N,)."""
+        by_value = np.argsort(values)
+        return by_value if self.count == 1 else by_value[np.argsort(self._short[by_value], kind="stable")]
+
+    def running(self, values: Floats) -> Floats:
+        """Of values sorted by group, the sums up to each that begin anew with each group, (N,)."""
+        upto = np.cumsum(values)
+        return upto if self.count == 1 else upto - (upto - values)[self._sorted_starts]
 
     def sums(self, values: NDArray[np.floating[Any]]) -> Floats:
         """The sum of each group: (..., K) to (..., groups)."""
@@ -109,6 +139,10 @@ class Table:
         """What entries weigh and take at each rung."""
         return Ladders(self.scenario.links, self._columns)
 
+    def ladders_of(self, rungs: list[tuple[Rung, ...]]) -> Ladders:
+        """The same if links had these rungs."""
+        return Ladders(self.scenario.links, self._columns._replace(rungs=rungs))
+
     def _set_compute(self, columns: Columns) -> None:
         """fixed, per token and per token² seconds of prefill at the receiver; what the sender takes to produce."""
         speeds, sender, receiver = columns.all_speeds, columns.sender_speed, columns.receiver_speed
@@ -123,11 +157,12 @@ class Table:
     def _set_requests(self, columns: Columns, last_s: Floats) -> None:
         """last_s: (K,) from the end of a question at the link's receiver to its first token's arrival."""
         requests = self.scenario.requests
-        self.senders = Groups(columns.sender)
-        self.receivers = Groups(columns.receiver)
+        self.senders = Groups.of(columns.sender)
+        self.receivers = Groups.of(columns.receiver)
         first = np.full(len(requests), -1, dtype=np.intp)
         first[self.request[::-1]] = np.arange(self.count)[::-1]
-        asked = np.flatnonzero(first >= 0)
+        asked = self.asked = np.flatnonzero(first >= 0)
+        """Requests that have links."""
         first = first[asked]
         behind = np.bincount(self.request, weights=self.tokens, minlength=len(requests))[asked]
         tokens = np.fromiter(map(_question_tokens, requests), dtype=np.float64, count=len(requests))[asked]
@@ -136,20 +171,20 @@ class Table:
         self.question_s[asked] = np.where(tokens > 0, self.prefill_fixed_s[first] + tokens * taken_s, 0.0)
         self.last_s[asked] = last_s[first]
         """From the end of a request's question to its first token's arrival."""
-        self._set_members(asked, self.receivers.index[first])
+        self._set_members(self.receivers.index[first])
         questions = np.zeros(self.receivers.count)
         np.maximum.at(questions, self.receivers.index, self.questions_s[self.request])
         self.after_s = questions[self.receivers.index] + last_s
         """What follows the parts at a link's receiver: all its questions, what else it needs, and the token's way."""
 
-    def _set_members(self, asked: Ints, receivers: Ints) -> None:
+    def _set_members(self, receivers: Ints) -> None:
         """Whose work goes before a request's question: its own, and that of earlier ones at the same receiver.
 
-        asked: requests with links, with their receivers. member_link, member_request: pairs of a link and a request
-        that it goes before; questions_s: by request.
+        receivers: of the requests that have links. member_link, member_request: pairs of a link and a request that it
+        goes before; questions_s: by request.
         """
         self.member_link, self.member_request = np.arange(self.count), self.request
-        self.questions_s = self.question_s
+        self.questions_s, asked = self.question_s, self.asked
         if len(asked) == self.receivers.count:
             return
         deadlines_s = np.array([self.scenario.requests[index].deadline_s or np.inf for index in asked])
@@ -166,6 +201,13 @@ class Table:
         begin = (ends - np.bincount(place[self.request], minlength=len(asked)))[start]
         self.member_link = by_place[_ranges(begin, ends)]
         self.member_request = np.repeat(asked, ends - begin)
+
+    @cached_property
+    def moments(self) -> Groups:
+        """Four moments of each member, one set behind the other, by the request that it goes before (asked)."""
+        place = np.zeros(len(self.scenario.requests), dtype=np.intp)
+        place[self.asked] = np.arange(len(self.asked))
+        return Groups(np.tile(place[self.member_request], 4), len(self.asked))
 
     def before_at_sender(self, work_s: Floats) -> Floats:
         """For each link the work of its sender for links before it, (..., K)."""

@@ -139,7 +139,7 @@ def crowded(seed: int) -> Scenario:
 def test_what_stands_before_a_link_in_its_group_is_what_a_loop_finds(seed: int) -> None:
     dice = np.random.default_rng(seed)
     keys = [str(key) for key in dice.integers(0, 4, size=dice.integers(1, 12))]
-    groups, values = Groups(keys), dice.random((3, len(keys)))
+    groups, values = Groups.of(keys), dice.random((3, len(keys)))
     order = np.array([np.lexsort((dice.random(len(keys)), groups.index)) for _ in range(3)])
     before, behind = np.zeros_like(values), np.zeros_like(values)
     for row, places in enumerate(order):
