@@ -26,8 +26,9 @@ _NUMBERS = (
     "snr",
     "link_bps",
 )
-_OTHERS = ("sender", "receiver", "channels", "rungs", "kept", "sender_speed", "receiver_speed")
-_SPEED = (
+_OBJECTS = ("sender", "receiver", "channels", "rungs", "kept", "sender_speed", "receiver_speed")
+_LINK_NUMBERS, _LINK_OBJECTS = attrgetter(*_NUMBERS), attrgetter(*_OBJECTS)
+_SPEED = attrgetter(
     "prefill_tps",
     "decode_tps",
     "encode_elements_per_s",
@@ -35,8 +36,8 @@ _SPEED = (
     "prefill_fixed_s",
     "prefill_s_per_token2",
 )
-_CODEC = ("encode_elements_per_s", "decode_elements_per_s")
-_codec_name = attrgetter("codec")
+_CODEC = attrgetter("encode_elements_per_s", "decode_elements_per_s")
+_CODEC_NAME = attrgetter("codec")
 _UNMEASURED = Speed(
     prefill_fixed_s=0.0, prefill_tps=0.0, decode_tps=0.0, encode_elements_per_s=0.0, decode_elements_per_s=0.0
 )
@@ -50,7 +51,7 @@ class Speeds:
 
     def __init__(self, speeds: Sequence[Speed | None]) -> None:
         self._speeds = [_UNMEASURED if speed is None else speed for speed in speeds]
-        terms = _numbers(self._speeds, _SPEED)
+        terms = _rows(self._speeds, _SPEED, 6)
         known: Flags = terms[:4] > 0
         each_s = np.divide(1.0, terms[:4], out=np.zeros_like(terms[:4]), where=known)
         self.usable: Flags = known[0] & known[2] & known[3]
@@ -67,11 +68,11 @@ class Speeds:
         by_speed = [speed.codecs for speed in self._speeds]
         codecs = list(chain.from_iterable(by_speed))
         if codecs:
-            per_s = _numbers(codecs, _CODEC)
+            per_s = _rows(codecs, _CODEC, 2)
             known: Flags = np.all(per_s > 0, axis=0)
             rows = np.repeat(np.arange(len(by_speed)), list(map(len, by_speed)))
             places = {family: place for place, family in enumerate(families)}
-            of_codec = map(places.get, map(_codec_name, codecs), repeat(len(families)))
+            of_codec = map(places.get, map(_CODEC_NAME, codecs), repeat(len(families)))
             columns = np.fromiter(of_codec, dtype=np.intp, count=len(codecs))
             columns[~known] = len(families)
             each_s = np.divide(1.0, per_s, out=np.zeros_like(per_s), where=known)
@@ -106,17 +107,16 @@ class Columns(NamedTuple):
 
 def columns_of(links: Sequence[Link]) -> Columns:
     """Of all links."""
-    others = list(chain.from_iterable(map(attrgetter(*_OTHERS), links)))
-    by_field: dict[str, Any] = {name: others[place :: len(_OTHERS)] for place, name in enumerate(_OTHERS)}
+    objects = list(chain.from_iterable(map(_LINK_OBJECTS, links)))
+    by_field: dict[str, Any] = {name: objects[place :: len(_OBJECTS)] for place, name in enumerate(_OBJECTS)}
     speeds = by_field.pop("sender_speed") + by_field.pop("receiver_speed")
     places, distinct = numbered(list(map(id, speeds)), speeds)
     sent, received = places[: len(links)], places[len(links) :]
-    numbers = dict(zip(_NUMBERS, _numbers(links, _NUMBERS), strict=True))
+    numbers = dict(zip(_NUMBERS, _rows(links, _LINK_NUMBERS, len(_NUMBERS)), strict=True))
     return Columns(**numbers, **by_field, sender_speed=sent, receiver_speed=received, all_speeds=Speeds(distinct))
 
 
-def _numbers(things: Sequence[object], names: Sequence[str]) -> Floats:
-    """Fields that are numbers, (fields, N)."""
-    flat = chain.from_iterable(map(attrgetter(*names), things))
-    found = np.fromiter(flat, dtype=np.float64, count=len(names) * len(things))
-    return np.ascontiguousarray(found.reshape(-1, len(names)).T)
+def _rows(things: Sequence[object], fields: attrgetter[tuple[float, ...]], count: int) -> Floats:
+    """So many fields that are numbers, (count, N)."""
+    found = np.fromiter(chain.from_iterable(map(fields, things)), dtype=np.float64, count=count * len(things))
+    return np.ascontiguousarray(found.reshape(-1, count).T)

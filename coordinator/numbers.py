@@ -29,6 +29,7 @@ def numbered(keys: Sequence[Hashable], things: Sequence[Thing]) -> tuple[Ints, l
 
 def begins(values: Ints) -> Flags:
     """Where a value differs from the one before it, (N,) bool; the first does."""
-    found = np.ones(len(values), dtype=bool)
+    found = np.empty(len(values), dtype=bool)
+    found[:1] = True
     np.not_equal(values[1:], values[:-1], out=found[1:])
     return found

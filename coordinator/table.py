@@ -172,9 +172,12 @@ class Table:
         self.last_s[asked] = last_s[first]
         """From the end of a request's question to its first token's arrival."""
         self._set_members(self.receivers.index[first])
-        questions = np.zeros(self.receivers.count)
-        np.maximum.at(questions, self.receivers.index, self.questions_s[self.request])
-        self.after_s = questions[self.receivers.index] + last_s
+        questions_s = self.questions_s[self.request]
+        if len(asked) > self.receivers.count:
+            latest_s = np.zeros(self.receivers.count)
+            np.maximum.at(latest_s, self.receivers.index, questions_s)
+            questions_s = latest_s[self.receivers.index]
+        self.after_s = questions_s + last_s
         """What follows the parts at a link's receiver: all its questions, what else it needs, and the token's way."""
 
     def _set_members(self, receivers: Ints) -> None:
@@ -225,26 +228,31 @@ class Table:
 
     def _set_channels(self, columns: Columns) -> None:
         """Pairs (link, channel) sorted by channel, with the rate alone on it; one passed twice has half of that."""
-        ways = [channels if bps > 0 else () for channels, bps in zip(columns.channels, columns.link_bps, strict=True)]
+        bps = columns.link_bps.tolist()
+        ways = [channels if rate > 0 else () for channels, rate in zip(columns.channels, bps, strict=True)]
         link = np.repeat(np.arange(self.count), np.fromiter(map(len, ways), dtype=np.intp, count=self.count))
         names, alone_bps = zip(*chain.from_iterable(ways), strict=True) if link.size else ((), ())
         channel, self.channel_names = numbered(names, names)
         order = np.argsort(channel, kind="stable")
         link, channel, bit_s = link[order], channel[order], 1 / np.array(alone_bps, dtype=np.float64)[order]
-        again = ~(begins(link) | begins(channel))
-        if again.any():
-            anew = np.flatnonzero(~again)
-            link, channel, bit_s = link[anew], channel[anew], np.add.reduceat(bit_s, anew)
+        first = begins(channel)
+        anew = begins(link) | first
+        if not anew.all():
+            bit_s = np.add.reduceat(bit_s, anew.nonzero()[0])
+            link, channel, first = link[anew], channel[anew], first[anew]
         self.pair_link, self.pair_channel, self.pair_alone_bps = link, channel, 1 / bit_s
+        self.channel_starts = first.nonzero()[0]
         self.pair_snr = columns.snr[link]
-        self.fdma = bool(np.any(self.pair_snr > 0))
+        self.fdma = bool((self.pair_snr > 0).any())
         self.measured: Flags = np.zeros(self.count, dtype=bool)
         self.measured[link] = True
-        self.channel_starts = np.flatnonzero(begins(channel))
-        self.shared: Flags = np.diff(self.channel_starts, append=len(link)) > 1
-        """Channels that more than one link passes."""
         free = self.scenario.airtime_free
         self.free = np.array([free.get(name, 1.0) for name in self.channel_names], dtype=np.float64)
+
+    @cached_property
+    def shared(self) -> Flags:
+        """Channels that more than one link passes."""
+        return np.asarray(np.bincount(self.pair_channel, minlength=len(self.free)) > 1)
 
     @cached_property
     def pairs_by_link(self) -> Ints:
