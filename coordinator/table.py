@@ -208,9 +208,8 @@ class Table:
     @cached_property
     def moments(self) -> Groups:
         """Four moments of each member, one set behind the other, by the request that it goes before (asked)."""
-        place = np.zeros(len(self.scenario.requests), dtype=np.intp)
-        place[self.asked] = np.arange(len(self.asked))
-        return Groups(np.tile(place[self.member_request], 4), len(self.asked))
+        place = np.searchsorted(self.asked, self.member_request)
+        return Groups(np.concatenate([place] * 4), len(self.asked))
 
     def before_at_sender(self, work_s: Floats) -> Floats:
         """For each link the work of its sender for links before it, (..., K)."""

@@ -218,8 +218,9 @@ def describe(policy: StagedPolicy, allocation: Allocation, *, bound: Callable[[]
 def _request_plans(allocation: Allocation, *, meets: bool) -> tuple[RequestPlan, ...]:
     scenario, prediction = allocation.table.scenario, allocation.prediction
     by_request: list[list[LinkPlan]] = [[] for _ in scenario.requests]
+    known = allocation.table.known.tolist()
     for index, decision in enumerate(allocation.decisions):
-        plan = _link_plan(scenario, index, decision, prediction, meets=meets)
+        plan = _link_plan(scenario, index, decision, prediction, known=known[index], meets=meets)
         by_request[scenario.links[index].request].append(plan)
     return tuple(
         RequestPlan(
@@ -244,7 +245,9 @@ def _medium(link: Link, own_tokens: int) -> Medium:
     return "split" if own_tokens else "cache"
 
 
-def _link_plan(scenario: Scenario, index: int, decision: Decision, prediction: Prediction, *, meets: bool) -> LinkPlan:
+def _link_plan(
+    scenario: Scenario, index: int, decision: Decision, prediction: Prediction, *, known: bool, meets: bool
+) -> LinkPlan:
     link = scenario.links[index]
     rung = decision.rung or link.reference
     return LinkPlan(
@@ -269,7 +272,7 @@ def _link_plan(scenario: Scenario, index: int, decision: Decision, prediction: P
         text_bytes=link.tokens * link.bytes_per_token_id,
         predicted=prediction.stages[index],
         arrive_s=prediction.arrive_s[index],
-        known=link.known,
+        known=known,
         note=link.note,
         meet=meets and 0 < decision.own_tokens < link.tokens,
         later_rates=tuple(RateStep(after_s=at, rate_bps=rate) for at, rate in decision.later),
