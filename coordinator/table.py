@@ -314,8 +314,9 @@ class Table:
         """Whether no receiver has a choice between shared channels among these links (K,): no prices change it."""
         counts = self.shared[self.pair_channel] & which[self.pair_link]
         receivers, channels = self.receivers.index[self.pair_link[counts]], self.pair_channel[counts]
-        ways = np.unique(np.stack([receivers, channels]), axis=1)
-        return bool(np.bincount(ways[0], minlength=1).max() <= 1)
+        way = np.zeros(self.receivers.count, dtype=np.intp)
+        way[receivers] = channels
+        return bool(np.all(way[receivers] == channels))
 
     def least_on_way(self, by_channel: Floats) -> Floats:
         """For each link the least of what its channels have; infinite for one that passes none."""

@@ -29,6 +29,8 @@ from coordinator.table import WHOLE, Table
 LATER = (1.0, 1.003, 1.01, 1.03, 1.1, 1.3)
 """Splits are drawn for T so much later than the relaxed one: what rounding takes must be had back."""
 LATER_OF_MANY = (1.003, 1.03)
+ROUGHLY = 1e-3
+"""To which of a T it is found out for many links."""
 MOST_ROWS = 6_000
 """Times links: so many choices are tried one by one."""
 HEARD_EARLIER, TRIED, WHOLE_TRIED = 0.15, 4, 16
@@ -111,7 +113,7 @@ def every(shares: Shares, most: int) -> tuple[Floats, Ints] | None:
     if table.slice_tokens == WHOLE:
         return None
     counts = np.where(table.may_cache, np.ceil(table.tokens / table.slice_tokens), 0.0)
-    if table.count * np.prod(counts + 1) > most:
+    if np.log(counts + 1).sum() > np.log(most / table.count):
         return None
     worth = table.ladders.worthwhile()
     options: list[tuple[Floats, Ints]] = []
@@ -131,15 +133,19 @@ def every(shares: Shares, most: int) -> tuple[Floats, Ints] | None:
 def _of_many(shares: Shares) -> Allocation:
     """The best of all tokens, all caches, what is drawn, and that with nothing split."""
     ends = binary_choices(shares, searched=False)
-    own, rungs = np.array(ends), np.zeros((len(ends), shares.table.count), dtype=np.intp)
-    early_s = shares.ends(shares.rows(own, rungs)).min()
+    own, rungs = [np.array(ends)], [np.zeros((len(ends), shares.table.count), dtype=np.intp)]
+    least_s = shares.ends(shares.rows(own[0], rungs[0])).min() * LATER[-1]
     for places in starting_rungs(shares):
-        drawn = draw(shares, places, early_s, LATER_OF_MANY)
-        drawn = np.concatenate([drawn, shares.own_of(drawn * 2 < shares.table.tokens)])
-        own = np.concatenate([own, drawn])
-        rungs = np.concatenate([rungs, np.broadcast_to(places, drawn.shape)])
-    best = shares.ends(shares.rows(own, rungs)).argmin()
-    return shares.allocate(own[best], rungs[best])
+        relaxed = Relaxed(shares, places)
+        if len(own) > 1 and not relaxed.needed(least_s).fits:
+            break
+        least_s = relaxed.least_s(least_s, ROUGHLY)
+        drawn = _drawn(shares, relaxed, least_s, LATER_OF_MANY)
+        own += [drawn, shares.own_of(drawn[:1] * 2 < shares.table.tokens)]
+        rungs += [np.broadcast_to(places, (len(each), len(places))) for each in own[-2:]]
+    rows = np.concatenate(own), np.concatenate(rungs)
+    best = shares.ends(shares.rows(*rows)).argmin()
+    return shares.allocate(rows[0][best], rows[1][best])
 
 
 def earliest(allocations: list[Allocation]) -> Allocation:
@@ -151,11 +157,13 @@ def earliest(allocations: list[Allocation]) -> Allocation:
 def draw(shares: Shares, rungs: Ints, early_s: float, later: Sequence[float]) -> Floats:
     """Splits for a T that the relaxed programme allows, and for somewhat later ones: (M, K) own tokens, rounded."""
     relaxed = Relaxed(shares, rungs)
-    least_s = relaxed.least_s(early_s * 1.5)
-    table, rows = shares.table, []
+    return _drawn(shares, relaxed, relaxed.least_s(early_s * 1.5), later)
+
+
+def _drawn(shares: Shares, relaxed: Relaxed, least_s: float, later: Sequence[float]) -> Floats:
+    rows: list[Floats] = []
     for factor in later:
-        own = table.tokens - relaxed.needed(least_s * factor).cached
-        rows += rounded(shares, own)
+        rows += rounded(shares, shares.table.tokens - relaxed.needed(least_s * factor).cached)
     return np.array(rows)
 
 

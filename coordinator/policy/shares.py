@@ -70,6 +70,24 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class _Timing:
+    """What of M choices doesn't depend on how much a token weighs. offset_s: (5, M, K); sent, first: (M, K) tokens."""
+
+    offset_s: Floats
+    sent: Floats
+    first: Floats
+
+    def rows(self, table: Table, token_bits: Floats) -> Rows:
+        """With what a token weighs, (K,) or (M, K)."""
+        bits = np.empty_like(self.offset_s)
+        bits[0] = self.sent * token_bits
+        bits[1] = np.where(self.sent > 0, table.head_bits + bits[0], 0.0)
+        bits[2] = bits[3] = np.where(self.sent > 0, self.first * token_bits, 0.0)
+        bits[4] = table.head_bits
+        return Rows(bits if table.measured.all() else bits * table.measured, self.offset_s)
+
+
+@dataclass(frozen=True)
 class Allocation:
     """One choice with its rates. own: (K,) tokens; within_s: the T that is guaranteed, or what comes of it."""
 
@@ -120,6 +138,8 @@ class Shares:
         self.scenario = scenario
         self.table = table or Table(scenario)
         self._coded: dict[bytes, tuple[Floats, Floats, Floats]] = {}
+        self._timed: tuple[Floats, _Timing] | None = None
+        self._read: tuple[Floats, tuple[Floats, Floats]] | None = None
         self._tightest = np.zeros(self.table.count, dtype=np.intp)
 
     @property
@@ -146,42 +166,48 @@ class Shares:
 
     def rows(self, own: Floats, rungs: Ints) -> Rows:
         """Bits and offsets of these choices, own (M, K)."""
-        table = self.table
         token_bits, encode_token_s, decode_token_s = self.coded(rungs)
+        return self._timing(own, encode_token_s, decode_token_s).rows(self.table, token_bits)
+
+    def _timing(self, own: Floats, encode_token_s: Floats, decode_token_s: Floats) -> _Timing:
+        table = self.table
         sent, first, _, _, begin_s, made_s = table.making(own, encode_token_s)
-        carries, prefills = sent > 0, own > 0
-        prefill_s, decode_s = table.prefill_s(own), decode_token_s * sent
+        carries, decode_s = sent > 0, decode_token_s * sent
         order = self._order(begin_s)
         slices_s = self._behind(np.where(carries, decode_token_s * first, 0.0), order)
         decodes_s = self._behind(decode_s, order)
-        text_s = table.order_s + table.text_token_s * own * (1 - table.text_at_once(own))
-        order = self._ids_order(np.broadcast_to(text_s, sent.shape), carries, prefill_s)
-        works_s = self._behind(prefill_s, order) + table.receivers.sums(decode_s)[..., table.receivers.index]
         back_s = table.back_s + table.after_s
-        text_ready_s = table.order_s + table.text_token_s * own
-        moments = (
-            begin_s + slices_s,
-            table.order_s + slices_s,
-            made_s + slices_s,
-            begin_s + decodes_s,
-            text_s + works_s,
+        offset_s = np.empty((5, *sent.shape))
+        moments = (begin_s + slices_s, table.order_s + slices_s, made_s + slices_s, begin_s + decodes_s)
+        for demand, moment_s in enumerate(moments):
+            offset_s[demand] = np.where(carries, moment_s, 0.0) + back_s
+        text_s, last_text_s = self._texts(own)
+        offset_s[-1] = np.maximum(text_s + self._of_receiver(decode_s), last_text_s) + back_s
+        return _Timing(offset_s, sent, first)
+
+    def _texts(self, own: Floats) -> tuple[Floats, Floats]:
+        """What prefills take from each link's ids on, and the last part of a text, from its readiness on: (M, K)."""
+        if self._read is None or self._read[0] is not own:
+            table, at_once = self.table, self.table.text_at_once(own)
+            prefill_s = table.prefill_s(own)
+            text_s = np.broadcast_to(table.order_s + table.text_token_s * own * (1 - at_once), own.shape)
+            works_s = text_s + self._behind(prefill_s, self._ids_order(text_s, own < table.tokens, prefill_s))
+            ready_s = table.order_s + table.text_token_s * own
+            self._read = own, (works_s, np.where(own > 0, ready_s + prefill_s * at_once, 0.0))
+        return self._read[1]
+
+    def _of_receiver(self, work_s: Floats) -> Floats:
+        """For each link what its receiver has of all its links."""
+        return (
+            work_s if self.table.receivers.alone else self.table.receivers.sums(work_s)[..., self.table.receivers.index]
         )
-        sizes = (
-            sent * token_bits,
-            np.where(carries, table.head_bits + sent * token_bits, 0.0),
-            np.where(carries, first * token_bits, 0.0),
-            np.where(carries, first * token_bits, 0.0),
-            np.broadcast_to(table.head_bits, sent.shape),
-        )
-        last_text_s = np.where(prefills, text_ready_s + prefill_s * table.text_at_once(own), 0.0)
-        offsets = [np.where(carries, each, 0.0) + back_s for each in moments[:-1]]
-        offsets.append(np.maximum(moments[-1], last_text_s) + back_s)
-        bits = np.stack([np.broadcast_to(size, sent.shape) for size in sizes]) * table.measured
-        return Rows(bits, np.stack(offsets))
 
     def _order(self, moment_s: Floats) -> Ints:
-        receiver, tokens = np.broadcast_arrays(self.table.receivers.index, -self.table.tokens, moment_s)[:2]
-        return np.asarray(np.lexsort((tokens, moment_s, receiver), axis=-1))
+        """Links by receiver, of one receiver as something comes to it, of what comes at once the longest first."""
+        if self.table.receivers.alone:
+            return np.broadcast_to(np.arange(self.table.count), moment_s.shape)
+        tokens = np.broadcast_to(-self.table.tokens, moment_s.shape)
+        return np.asarray(np.lexsort((tokens, self._by_receiver(moment_s)), axis=-1))
 
     def _ids_order(self, text_s: Floats, carries: Flags, prefill_s: Floats) -> Ints:
         """In which a receiver's links owe it their ids: any order will do, and the first are needed the earliest.
@@ -191,8 +217,14 @@ class Shares:
         """
         if self.table.receivers.alone:
             return np.broadcast_to(np.arange(self.table.count), text_s.shape)
-        receiver = np.broadcast_to(self.table.receivers.index, text_s.shape)
-        return np.asarray(np.lexsort((-prefill_s, ~carries, text_s, receiver), axis=-1))
+        longest_s = prefill_s.max(initial=0.0)
+        return np.asarray(
+            np.lexsort((np.where(carries, -longest_s, 0.0) - prefill_s, self._by_receiver(text_s)), axis=-1)
+        )
+
+    def _by_receiver(self, moment_s: Floats) -> Floats:
+        """A number that sorts by receiver, and then by moment (..., K), to a billionth of the last."""
+        return self.table.receivers.index + moment_s / max(2 * float(moment_s.max(initial=0.0)), 1e-300)
 
     def _behind(self, work_s: Floats, order: Ints) -> Floats:
         """What a receiver does from each link on, in an order."""
@@ -293,7 +325,16 @@ class Shares:
 
     def needed(self, own: Floats, rungs: Ints, limits_s: Floats) -> Floats:
         """The least rates (K,) that end each link by its limit; infinite where none does."""
-        rates, late = self.rows(own[None, :], rungs).needed(limits_s)
+        token_bits, encode_token_s, decode_token_s = self.coded(rungs)
+        coding = np.concatenate([own, encode_token_s, decode_token_s])
+        if self._timed is None or not np.array_equal(self._timed[0], coding):
+            row = (
+                self._read[0]
+                if self._read is not None and np.array_equal(self._read[0], own[None, :])
+                else own[None, :]
+            )
+            self._timed = coding, self._timing(row, encode_token_s, decode_token_s)
+        rates, late = self._timed[1].rows(self.table, token_bits).needed(limits_s)
         return np.where(late[0], np.inf, rates[0])
 
     def affordable(self, rates: Floats, wanted: Floats, who: Flags) -> tuple[Flags, Flags]:
