@@ -19,7 +19,7 @@ from broker_config.messages import Rung
 from coordinator.columns import Columns, columns_of
 from coordinator.ladders import Ladders
 from coordinator.latency import Scenario
-from coordinator.numbers import Flags, Floats, Ints, begins, numbered
+from coordinator.numbers import Flags, Floats, Ints, begins, column, numbered
 
 NEWTON_STEPS = 16
 WHOLE = 1 << 30
@@ -190,7 +190,7 @@ class Table:
         self.questions_s, asked = self.question_s, self.asked
         if len(asked) == self.receivers.count:
             return
-        deadlines_s = np.array([self.scenario.requests[index].deadline_s or np.inf for index in asked])
+        deadlines_s = column([self.scenario.requests[index].deadline_s or np.inf for index in asked])
         order = np.lexsort((asked, deadlines_s, receivers))
         asked, starts = asked[order], np.flatnonzero(begins(receivers[order]))
         start = np.repeat(starts, np.diff(starts, append=len(asked)))
@@ -233,7 +233,7 @@ class Table:
         names, alone_bps = zip(*chain.from_iterable(ways), strict=True) if link.size else ((), ())
         channel, self.channel_names = numbered(names, names)
         order = np.argsort(channel, kind="stable")
-        link, channel, bit_s = link[order], channel[order], 1 / np.array(alone_bps, dtype=np.float64)[order]
+        link, channel, bit_s = link[order], channel[order], 1 / column(alone_bps)[order]
         first = begins(channel)
         anew = begins(link) | first
         if not anew.all():
@@ -246,7 +246,7 @@ class Table:
         self.measured: Flags = np.zeros(self.count, dtype=bool)
         self.measured[link] = True
         free = self.scenario.airtime_free
-        self.free = np.array([free.get(name, 1.0) for name in self.channel_names], dtype=np.float64)
+        self.free = column([free.get(name, 1.0) for name in self.channel_names])
 
     @cached_property
     def shared(self) -> Flags:
