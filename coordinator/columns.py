@@ -20,6 +20,7 @@ _NUMBERS = (
     "sender_rtt_s",
     "receiver_rtt_s",
     "receiver_overhead_s",
+    "receiver_room_bytes",
     "cached",
     "generated",
     "request",
@@ -90,6 +91,7 @@ class Columns(NamedTuple):
     sender_rtt_s: Floats
     receiver_rtt_s: Floats
     receiver_overhead_s: Floats
+    receiver_room_bytes: Floats
     cached: Floats
     generated: Floats
     request: Floats

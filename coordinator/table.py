@@ -159,6 +159,10 @@ class Table:
         requests = self.scenario.requests
         self.senders = Groups.of(columns.sender)
         self.receivers = Groups.of(columns.receiver)
+        self.room_bits = np.full(self.receivers.count, np.inf)
+        """What each receiver can hold of caches on their way."""
+        np.minimum.at(self.room_bits, self.receivers.index, 8 * columns.receiver_room_bytes)
+        self.roomy = bool(np.all(self.room_bits == np.inf))
         first = np.full(len(requests), -1, dtype=np.intp)
         first[self.request[::-1]] = np.arange(self.count)[::-1]
         asked = self.asked = np.flatnonzero(first >= 0)

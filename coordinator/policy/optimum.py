@@ -164,7 +164,7 @@ def _drawn(shares: Shares, relaxed: Relaxed, least_s: float, later: Sequence[flo
     rows: list[Floats] = []
     for factor in later:
         rows += rounded(shares, shares.table.tokens - relaxed.needed(least_s * factor).cached)
-    return np.array(rows)
+    return shares.within_room(np.array(rows), relaxed.rungs)
 
 
 def rounded(shares: Shares, own: Floats) -> list[Floats]:

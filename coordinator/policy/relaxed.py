@@ -44,6 +44,7 @@ class Relaxed:
 
     def __init__(self, shares: Shares, rungs: Ints) -> None:
         table = self._table = shares.table
+        self.rungs = rungs
         self._order: Ints | None = None
         self._ordered_s = self._within_s = 1.0
         self._bits, self._encode_s, self._decode_s = shares.coded(rungs)

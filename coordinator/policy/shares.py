@@ -26,7 +26,7 @@ import numpy as np
 
 from coordinator.latency import Decision, Prediction, Scenario
 from coordinator.numbers import Flags, Floats, Ints
-from coordinator.table import Table
+from coordinator.table import WHOLE, Table
 from coordinator.timeline import Course, Timeline, predicted, timeline
 
 GROWTHS = 40
@@ -41,13 +41,17 @@ MOST_GROWTH = 1e6
 
 @dataclass(frozen=True)
 class Rows:
-    """M choices for the K links. bits, offset_s: (5, M, K) float64, by demand; one without bits only needs its time."""
+    """M choices for the K links. bits, offset_s: (5, M, K) float64, by demand; one without bits only needs its time.
+
+    held: (M,) bool, which of them the receivers' memories hold.
+    """
 
     bits: Floats
     offset_s: Floats
+    held: Flags
 
     def __getitem__(self, index: Flags | Ints) -> Rows:
-        return Rows(self.bits[:, index], self.offset_s[:, index])
+        return Rows(self.bits[:, index], self.offset_s[:, index], self.held[index])
 
     def needed(self, ends_s: Floats | float) -> tuple[Floats, Flags]:
         """The least rates that end links by these times, and which links none does, (M, K)."""
@@ -84,7 +88,9 @@ class _Timing:
         bits[1] = np.where(self.sent > 0, table.head_bits + bits[0], 0.0)
         bits[2] = bits[3] = np.where(self.sent > 0, self.first * token_bits, 0.0)
         bits[4] = table.head_bits
-        return Rows(bits if table.measured.all() else bits * table.measured, self.offset_s)
+        held = np.all(table.receivers.sums(bits[0]) <= table.room_bits, axis=-1) if not table.roomy else True
+        held = np.broadcast_to(held, len(self.sent))
+        return Rows(bits if table.measured.all() else bits * table.measured, self.offset_s, held)
 
 
 @dataclass(frozen=True)
@@ -152,8 +158,40 @@ class Shares:
         return self._tightest
 
     def own_of(self, cache: Flags) -> Floats:
-        """Tokens that receivers prefill if these links carry their whole cache and the others none."""
-        return np.where(cache & self.may_cache, 0.0, self.table.tokens)
+        """Tokens that receivers prefill if these links carry their whole cache and the others none, (..., K).
+
+        Where a receiver's memory does not hold so many, the smallest caches come first.
+        """
+        own = np.where(cache & self.may_cache, 0.0, self.table.tokens)
+        return own if self.table.roomy else np.where(own < self.within_room(own), self.table.tokens, own)
+
+    def within_room(self, own: Floats, rungs: Ints | None = None) -> Floats:
+        """The same splits (..., K), with so many tokens more prefilled that receivers can hold the rest."""
+        table = self.table
+        if table.roomy:
+            return own
+        token_bits = self.coded(self.tightest() if rungs is None else rungs)[0]
+        bits = table.sent_tokens(own) * token_bits
+        order = np.lexsort((bits, np.broadcast_to(table.receivers.index, bits.shape)), axis=-1)
+        left = np.maximum(table.room_bits[table.receivers.index] - table.receivers.before(bits, order), 0.0)
+        size = 1.0 if table.slice_tokens == WHOLE else float(table.slice_tokens)
+        most = np.divide(left, token_bits, out=np.full_like(left, np.inf), where=token_bits > 0)
+        least = np.minimum(np.ceil(np.maximum(table.tokens - most, 0.0) / size) * size, table.tokens)
+        return np.where(bits <= left, own, np.maximum(own, least))
+
+    def roomy(self, own: Floats, rungs: Ints, raised: Ints, who: Flags) -> tuple[Flags, Flags]:
+        """Which of `who` their receivers hold at raised rungs too, (K,): all together in their order, each alone."""
+        table = self.table
+        if table.roomy:
+            return who, who
+        sent = table.sent_tokens(own)
+        now = sent * self.coded(rungs)[0]
+        more = np.where(who, sent * self.coded(raised)[0] - now, 0.0)
+        left = (table.room_bits - table.receivers.sums(now))[table.receivers.index]
+        alone = more <= left
+        order = np.argsort(table.receivers.index, kind="stable")
+        together = alone & (table.receivers.before(np.where(alone, more, 0.0), order) + more <= left)
+        return who & together, who & alone
 
     def coded(self, rungs: Ints) -> tuple[Floats, Floats, Floats]:
         """(bits, encoding seconds, decoding seconds) of a token's entries, of the shape of rungs each."""
@@ -252,7 +290,7 @@ class Shares:
         """
         found = np.full(rows.bits.shape[1], np.inf)
         at_s = self._surely_not_before_s(rows)
-        left = at_s <= below_s
+        left = rows.held & (at_s <= below_s)
         if limits_s is not None:
             left &= ~rows.needed(limits_s)[1].any(axis=-1)
         best_s = below_s
