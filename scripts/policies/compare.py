@@ -8,7 +8,7 @@ import numpy as np
 from msgspec import Struct
 
 from coordinator.latency import Scenario
-from coordinator.numbers import Floats
+from coordinator.numbers import Floats, Ints
 from coordinator.policy.base import StagedPolicy
 from coordinator.policy.fixed import CachePolicy, TokenPolicy
 from coordinator.policy.jmsra import JmsraPolicy
@@ -24,7 +24,8 @@ BASELINES: tuple[StagedPolicy, ...] = (TokenPolicy(), CachePolicy(), JmsraPolicy
 
 
 class Compared(Struct, frozen=True, kw_only=True):
-    """E2E in seconds of one round. binary: the best of all media vectors, None for more than MOST_EXHAUSTED links.
+    """E2E in seconds of one round. tightest: the best of all media vectors on the rungs that jmsra plans with; binary:
+    that, or on those of each link that code fastest; None for more than MOST_EXHAUSTED links.
 
     splits: links that optimum splits; tokens, caches: those that it does not.
     """
@@ -32,6 +33,7 @@ class Compared(Struct, frozen=True, kw_only=True):
     token: float
     kv: float
     jmsra: float
+    tightest: float | None
     binary: float | None
     optimum: float
     bound: float
@@ -47,9 +49,12 @@ def compare(scenario: Scenario) -> Compared:
     policy = OptimumPolicy()
     chosen = policy.choose(shares)
     own, tokens = chosen.own, shares.table.tokens
+    known = list(baselines.values())
+    binary = [each for rungs in starting_rungs(shares) if (each := best_binary_s(shares, rungs, known)) is not None]
     return Compared(
         **{name: found.e2e_s for name, found in baselines.items()},
-        binary=best_binary_s(shares, list(baselines.values())),
+        tightest=binary[0] if binary else None,
+        binary=min(binary, default=None),
         optimum=chosen.e2e_s,
         bound=policy.bound_s(shares, chosen),
         tokens=int(np.sum(own >= tokens)),
@@ -58,20 +63,17 @@ def compare(scenario: Scenario) -> Compared:
     )
 
 
-def best_binary_s(shares: Shares, known: list[Allocation]) -> float | None:
-    """The least E2E of any media vector: of the least min-max T over all of them, its neighbours, and what is known.
-
-    On the tightest rungs, and on those of each link that code fastest.
+def best_binary_s(shares: Shares, rungs: Ints, known: list[Allocation]) -> float | None:
+    """The least E2E of any media vector on these rungs: of the least min-max T over all of them, its neighbours, and
+    what is known.
     """
     if shares.table.count > MOST_EXHAUSTED:
         return None
-    own, found = _media(shares), list(known)
-    for rungs in starting_rungs(shares):
-        ends_s = shares.ends(shares.rows(own, rungs), later=NEAR - 1)
-        near = np.flatnonzero(ends_s <= ends_s.min() * NEAR)
-        tried = dict.fromkeys([int(ends_s.argmin()), *near[:NEAREST].tolist()])
-        found += [shares.allocate(own[row], rungs) for row in tried]
-    return min(each.e2e_s for each in found)
+    own = _media(shares)
+    ends_s = shares.ends(shares.rows(own, rungs), later=NEAR - 1)
+    near = np.flatnonzero(ends_s <= ends_s.min() * NEAR)
+    tried = dict.fromkeys([int(ends_s.argmin()), *near[:NEAREST].tolist()])
+    return min(each.e2e_s for each in [*known, *(shares.allocate(own[row], rungs) for row in tried)])
 
 
 def _media(shares: Shares) -> Floats:

@@ -136,6 +136,7 @@ def _curve(
                 "token": found.token,
                 "kv": found.kv,
                 "jmsra": found.jmsra,
+                "tightest": found.tightest,
                 "binary": found.binary,
                 "optimum": found.optimum,
                 "bound": found.bound,
