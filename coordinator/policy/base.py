@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 from broker_config.messages import LinkReport, RateStep, Stages
 from coordinator.latency import Decision, Link, Prediction, Scenario, payload_bytes
 from coordinator.numbers import Flags
+from coordinator.policy.conserve import conserve
 from coordinator.policy.rungs import raise_rungs
 from coordinator.policy.shares import Allocation, Shares
 
@@ -96,8 +97,9 @@ class RequestPlan:
 class Plan:
     """What a policy decided for all requests planned together. predicted_e2e_s is that of the slowest of them.
 
-    within_s is the round's E2E that min-max allocation guarantees; the prediction is never above it. bound_s: an E2E
-    below which no plan is, where it is known.
+    within_s is the round's E2E that min-max allocation guarantees; the prediction is never above it. bound_s, where it
+    is known: an E2E below which no plan of constant rates is; never above the prediction, which may be of rates that
+    change.
     """
 
     policy: str
@@ -131,22 +133,27 @@ class StagedPolicy:
     name: str
     meets = False
     """Whether both ends of a split link go on until they meet."""
+    conserves = False
+    """Whether what links leave idle of their shares is given to others."""
 
     def choose(self, shares: Shares) -> Allocation:
         """What each link carries, with its rates, on the tightest rungs."""
         raise NotImplementedError
 
     def bound_s(self, shares: Shares, chosen: Allocation) -> float | None:  # noqa: ARG002
-        """An E2E below which no plan is; None where the policy knows of none."""
+        """An E2E below which no plan of constant rates is; None where the policy knows of none."""
         return None
 
     def plan(self, scenario: Scenario) -> Plan:
-        """Chosen, then raised."""
+        """Chosen, then raised; then idle shares are given out."""
         if not scenario.links:
             return nothing(self.name)
         shares = Shares(scenario)
         chosen = self.choose(shares)
-        return describe(self, scenario, raise_rungs(shares, chosen), bound_s=self.bound_s(shares, chosen))
+        raised = raise_rungs(shares, chosen)
+        found = conserve(shares, raised) if self.conserves else raised
+        bound_s = self.bound_s(shares, chosen)
+        return describe(self, scenario, found, bound_s=None if bound_s is None else min(bound_s, found.e2e_s))
 
 
 class BinaryPolicy(StagedPolicy):
