@@ -15,7 +15,7 @@ REVISE_FACTOR = 1.5
 REVISE_INTERVAL_S = 1.0
 REPORTS = 2
 LATEST_SHARE = 0.8
-"""Later than this share of the predicted time a revision would come too late to help."""
+"""Later than this share of the time that a round takes, a revision would come too late to help."""
 
 Direction = Literal["slower", "faster", ""]
 
@@ -30,11 +30,15 @@ class Rule:
 
 @dataclass(kw_only=True)
 class Drift:
-    """The links of one round. references: bits per second that each transfer is compared with."""
+    """The links of one round. references: bits per second that each transfer is compared with.
+
+    ends_s: so many seconds after its acceptance the last transfer ends, by what is seen now.
+    """
 
     rule: Rule
     accepted_s: float
     predicted_s: float
+    ends_s: float = 0.0
     references: dict[str, float] = field(default_factory=dict)
     _seen: dict[tuple[str, str], tuple[Direction, int]] = field(default_factory=dict)
     _revised_s: float | None = None
@@ -48,13 +52,19 @@ class Drift:
             count = count + 1 if direction and direction == before else int(bool(direction))
             self._seen[agent, transfer] = (direction, count)
             changed = changed or count >= REPORTS
-        return changed and self._may(now_s)
+        return changed and self.may(now_s)
 
     def revised(self, references: Mapping[str, float], now_s: float) -> None:
         """A revision was made; from now on rates are compared with these."""
         self.references.update(references)
         self._seen.clear()
         self._revised_s = now_s
+
+    def may(self, now_s: float) -> bool:
+        """Whether it is neither too late nor too soon after the last revision."""
+        if now_s - self.accepted_s > LATEST_SHARE * max(self.predicted_s, self.ends_s):
+            return False
+        return self._revised_s is None or now_s - self._revised_s >= self.rule.interval_s
 
     def _direction(self, transfer: str, rate_bps: float) -> Direction:
         reference = self.references.get(transfer, 0.0)
@@ -63,8 +73,3 @@ class Drift:
         if rate_bps * self.rule.factor < reference:
             return "slower"
         return "faster" if rate_bps > reference * self.rule.factor else ""
-
-    def _may(self, now_s: float) -> bool:
-        if now_s - self.accepted_s > LATEST_SHARE * self.predicted_s:
-            return False
-        return self._revised_s is None or now_s - self._revised_s >= self.rule.interval_s

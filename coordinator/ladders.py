@@ -6,9 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from broker_config.messages import Rung, Speed, codec_family
-from coordinator.latency import EXACT_RUNG, Link, decode_s, encode_s
-from coordinator.numbers import Floats, Ints, column
+from broker_config.messages import Rung, codec_family
+from coordinator.columns import Columns, columns_of
+from coordinator.latency import EXACT_RUNG, Link, encode_s
+from coordinator.numbers import Floats, Ints, numbered
+
+NOTHING = Rung(name="", bits_per_element=0.0, kl=0.0, agreement=1.0)
+"""What stands for the rungs of a link that has none."""
 
 
 class Ladders:
@@ -17,33 +21,35 @@ class Ladders:
     top: (K,) the last place of each link; loss: (K, R) nats, of places beyond the last that of the last.
     """
 
-    def __init__(self, links: Sequence[Link]) -> None:
-        ladders = {tuple(map(id, link.rungs)): link.rungs for link in links}
-        places = {key: index for index, key in enumerate(ladders)}
-        self._of_link: Ints = np.array([places[tuple(map(id, link.rungs))] for link in links], dtype=np.intp)
-        width = max((len(rungs) for rungs in ladders.values()), default=1) or 1
-        filled = [
-            [rungs[min(i, len(rungs) - 1)] if rungs else None for i in range(width)] for rungs in ladders.values()
-        ]
-        self._names = [[rung.name if rung else "" for rung in row] for row in filled]
-        self._bits = _table([[rung.bits_per_element if rung else 0.0 for rung in row] for row in filled], width)
-        kl = _table([[rung.kl if rung else 0.0 for rung in row] for row in filled], width)
-        families = sorted({codec_family(name) for row in self._names for name in row if name})
-        self._families = np.array(
-            [[families.index(codec_family(name)) if name else len(families) for name in row] for row in self._names],
-            dtype=np.intp,
-        ).reshape(-1, width)
-        self.top: Ints = np.array([max(len(rungs) - 1, 0) for rungs in ladders.values()], dtype=np.intp)[self._of_link]
-        self.loss = kl[self._of_link]
-        self._examples = [_example(filled, family) for family in families]
-        self._elements = column([link.elements_per_token for link in links])
-        self._encode_s = self._per_element([link.sender_speed for link in links], encoding=True)
-        self._decode_s = self._per_element([link.receiver_speed for link in links], encoding=False)
+    def __init__(self, links: Sequence[Link], columns: Columns | None = None) -> None:
+        columns = columns or columns_of(links)
+        self._set_rungs(columns.rungs)
+        self._elements = columns.elements_per_token
+        encodes, decodes = columns.all_speeds.coding_s(self._family_names)
+        self._encode_s, self._decode_s = encodes[columns.sender_speed], decodes[columns.receiver_speed]
+        coded = set(columns.kept) - {None, EXACT_RUNG}
         self._kept = [
             (index, self._out_of_kept(index, link))
             for index, link in enumerate(links)
-            if link.cached and link.kept is not None and link.kept != EXACT_RUNG
+            if coded and link.cached and link.kept in coded
         ]
+
+    def _set_rungs(self, by_link: Sequence[tuple[Rung, ...]]) -> None:
+        which, tuples = numbered(list(map(id, by_link)), by_link)
+        same, ladders = numbered([tuple(map(id, rungs)) for rungs in tuples], tuples)
+        self._of_link = same[which]
+        width = max(map(len, ladders), default=1) or 1
+        filled = [(*rungs, *(rungs[-1:] or (NOTHING,)) * (width - len(rungs))) for rungs in ladders]
+        self._names = [[rung.name for rung in row] for row in filled]
+        terms = np.array([[(rung.bits_per_element, rung.kl) for rung in row] for row in filled], dtype=np.float64)
+        self._bits, kl = terms.reshape(-1, width, 2).transpose(2, 0, 1)
+        family = {name: codec_family(name) for row in self._names for name in row if name}
+        self._family_names = sorted(set(family.values()))
+        places = {name: self._family_names.index(of) for name, of in family.items()} | {"": len(self._family_names)}
+        rows = [[places[name] for name in row] for row in self._names]
+        self._families: Ints = np.array(rows, dtype=np.intp).reshape(-1, width)
+        self.top: Ints = np.array([max(len(rungs) - 1, 0) for rungs in ladders], dtype=np.intp)[self._of_link]
+        self.loss = kl[self._of_link]
 
     def coded(self, places: Ints) -> tuple[Floats, Floats, Floats]:
         """(bits, encoding seconds, decoding seconds) of a token's entries, of the shape of places, (..., K)."""
@@ -71,32 +77,6 @@ class Ladders:
     def _out_of_kept(self, index: int, link: Link) -> Floats:
         """Seconds a token that encoding takes at each place of a link whose cache is kept coded, (R,)."""
         names = self._names[self._of_link[index]]
-        return column(
+        return np.array(
             [encode_s(link.sender_speed, link.elements_per_token, name, link.kept) if name else 0.0 for name in names]
         )
-
-    def _per_element(self, speeds: Sequence[Speed | None], *, encoding: bool) -> Floats:
-        """Seconds an element by link and family, (K, families + 1); nothing for no rung at all."""
-        takes, families = encode_s if encoding else decode_s, len(self._examples)
-        places: dict[int, int] = {}
-        rows: list[list[float]] = []
-        for speed in speeds:
-            if id(speed) in places:
-                continue
-            places[id(speed)] = len(rows)
-            if speed is not None and speed.codecs:
-                rows.append([takes(speed, MANY, name) / MANY for name in self._examples] + [0.0])
-            else:
-                rows.append([takes(speed, MANY) / MANY] * families + [0.0])
-        return _table(rows, families + 1)[[places[id(speed)] for speed in speeds]]
-
-
-MANY = 1 << 20
-
-
-def _example(rows: Sequence[Sequence[Rung | None]], family: str) -> str:
-    return next(rung.name for row in rows for rung in row if rung and codec_family(rung.name) == family)
-
-
-def _table(rows: Sequence[Sequence[float]], width: int) -> Floats:
-    return np.array(rows, dtype=np.float64).reshape(-1, width)

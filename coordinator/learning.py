@@ -7,16 +7,24 @@ factor: a link's rate is scaled by what its transfers achieved, a receiver gets 
                 it got of the rate that was measured. Transfers that say nothing of the link are left out.
     factor      a low quantile of a link's last ratios, recent ones weighing more; 1 before there are three
     overhead    median of measured less predicted E2E of a receiver's last rounds, from 0 to half a second
+
+All of it as a value is `Learned`, from which the learning of a coordinator that comes next begins.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Annotated, Generic, TypeVar
+
+from msgspec import Meta, Struct
 
 from broker_config.messages import PredictionError, RoundReport, SendOutcome
+from broker_config.messages.base import AgentId
+from broker_config.messages.rounds import PolicyName
 from coordinator.policy import LinkPlan
+from coordinator.probing import KEPT_PACE, PROBING
 from coordinator.round import Round
 
 QUANTILE = 0.3
@@ -30,23 +38,88 @@ LEAST_BYTES = 256 * 1024
 """A shorter transfer says more of round trips than of rates."""
 WORKED_SHARE = 0.5
 """Where coding took more of a transfer than this, the link may have waited for it."""
-KEPT_PACE, PROBING = 0.9, 1.25
-"""A paced transfer that kept its pace shows that the link is no worse than planned: a quarter more is tried next."""
 ERRORS_REMEMBERED = 64
 LARGEST_ERROR = 1e6
+MOST_LINKS, MOST_RECEIVERS, MOST_POLICIES = 512, 256, 64
+"""Of more, those that were heard of longest ago are forgotten."""
 
 LinkName = tuple[str, str]
 """Sender and receiver."""
 
+Name = TypeVar("Name", bound=Hashable)
+
+
+class LearnedLink(Struct, frozen=True, kw_only=True):
+    """What the last transfers of a link got of its measured rate, oldest first."""
+
+    sender: AgentId
+    receiver: AgentId
+    ratios: Annotated[
+        tuple[Annotated[float, Meta(ge=LEAST_FACTOR / 2, le=2 * LARGEST_FACTOR)], ...],
+        Meta(min_length=1, max_length=REMEMBERED),
+    ]
+
+
+class LearnedReceiver(Struct, frozen=True, kw_only=True):
+    """What the last rounds of a receiver took beside their stages, oldest first."""
+
+    receiver: AgentId
+    excess_s: Annotated[
+        tuple[Annotated[float, Meta(ge=0, le=LARGEST_OVERHEAD_S)], ...], Meta(min_length=1, max_length=REMEMBERED)
+    ]
+
+
+class LearnedPolicy(Struct, frozen=True, kw_only=True):
+    """By what shares the last predictions of E2E exceeded what was measured, oldest first."""
+
+    policy: PolicyName
+    errors: Annotated[
+        tuple[Annotated[float, Meta(ge=-1, le=LARGEST_ERROR)], ...],
+        Meta(min_length=1, max_length=ERRORS_REMEMBERED),
+    ]
+
+
+class Learned(Struct, frozen=True, kw_only=True):
+    """All that was learned; of each kind, what was heard of longest ago comes first."""
+
+    links: Annotated[tuple[LearnedLink, ...], Meta(max_length=MOST_LINKS)] = ()
+    receivers: Annotated[tuple[LearnedReceiver, ...], Meta(max_length=MOST_RECEIVERS)] = ()
+    policies: Annotated[tuple[LearnedPolicy, ...], Meta(max_length=MOST_POLICIES)] = ()
+
 
 class Learning:
-    """Fed with every round that ended, asked when the next is planned."""
+    """Fed with every round that ended, asked when the next is planned. learned: where an earlier one stood."""
 
-    def __init__(self, quantile: float = QUANTILE) -> None:
+    def __init__(self, quantile: float = QUANTILE, learned: Learned | None = None) -> None:
         self._quantile = quantile
-        self._ratios: dict[LinkName, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
-        self._excess_s: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
-        self._errors: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=ERRORS_REMEMBERED))
+        self._ratios: _Last[LinkName] = _Last(REMEMBERED, MOST_LINKS)
+        self._excess_s: _Last[str] = _Last(REMEMBERED, MOST_RECEIVERS)
+        self._errors: _Last[str] = _Last(ERRORS_REMEMBERED, MOST_POLICIES)
+        self.rounds = 0
+        """Taken since it was made."""
+        for link in learned.links if learned else ():
+            self._ratios.add((link.sender, link.receiver), *link.ratios)
+        for receiver in learned.receivers if learned else ():
+            self._excess_s.add(receiver.receiver, *receiver.excess_s)
+        for policy in learned.policies if learned else ():
+            self._errors.add(policy.policy, *policy.errors)
+
+    @property
+    def learned(self) -> Learned:
+        """All of it as a value."""
+        return Learned(
+            links=tuple(
+                LearnedLink(sender=sender, receiver=receiver, ratios=tuple(ratios))
+                for (sender, receiver), ratios in self._ratios.items()
+            ),
+            receivers=tuple(
+                LearnedReceiver(receiver=receiver, excess_s=tuple(excess))
+                for receiver, excess in self._excess_s.items()
+            ),
+            policies=tuple(
+                LearnedPolicy(policy=policy, errors=tuple(errors)) for policy, errors in self._errors.items()
+            ),
+        )
 
     @property
     def link_factors(self) -> dict[LinkName, float]:
@@ -77,17 +150,33 @@ class Learning:
 
     def take(self, round_: Round, report: RoundReport) -> bool:
         """Learn from a round that ended. Whether `errors` has changed."""
+        self.rounds += 1
         for link, outcome in round_.transferred():
             ratio = achieved(link, outcome, paced=round_.paced(link), factor=round_.factor(link))
             if ratio is not None:
-                self._ratios[link.sender, link.receiver].append(ratio)
+                self._ratios.add((link.sender, link.receiver), ratio)
         plan = round_.plan
         if plan is None or not plan.known or report.state != "answered" or report.fallbacks or not report.e2e_s:
             return False
         without_s = max(0.0, report.predicted_e2e_s - round_.overhead_s)
-        self._excess_s[report.receiver].append(_clip(report.e2e_s - without_s, 0.0, LARGEST_OVERHEAD_S))
-        self._errors[report.policy].append(min(report.predicted_e2e_s / report.e2e_s - 1, LARGEST_ERROR))
+        self._excess_s.add(report.receiver, _clip(report.e2e_s - without_s, 0.0, LARGEST_OVERHEAD_S))
+        self._errors.add(report.policy, min(report.predicted_e2e_s / report.e2e_s - 1, LARGEST_ERROR))
         return True
+
+
+class _Last(dict[Name, deque[float]], Generic[Name]):
+    """The last values of each name, `kept` of them; of more names than `names` the longest unheard are forgotten."""
+
+    def __init__(self, kept: int, names: int) -> None:
+        super().__init__()
+        self._kept, self._names = kept, names
+
+    def add(self, name: Name, *values: float) -> None:
+        last = self.pop(name, None) or deque(maxlen=self._kept)
+        last.extend(values)
+        self[name] = last
+        while len(self) > self._names:
+            del self[next(iter(self))]
 
 
 def achieved(link: LinkPlan, outcome: SendOutcome, *, paced: bool, factor: float) -> float | None:

@@ -2,10 +2,12 @@
 
 What is known of a transfer under way is what its sender says of it: how much arrived, and how fast, if nothing but the
 network held it back. (Of a sender that says nothing, the rates of its link as measured.) A transfer slower than its
-share is slow at its sender's hop, unless every transfer of the round on one channel is: then that channel is.
+share is slow at its sender's hop, unless every transfer of the round on one channel is: then that channel is. One that
+was slow and keeps its pace is tried with more (`probing`).
 
 The new shares let all transfers that are left end as early as they can together: the least T with
 Σ_i bits_i / ((T - tail_i)·alone_ic) ≤ free_c for every channel c, by bisection, where tail is the decoding to follow.
+The last transfer that is left of a revised round, with its channels to itself, is paced no more.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from coordinator.fleet import Channel, Fleet, link_bps, link_channels
 from coordinator.planning import airtime_free
 from coordinator.policy import LinkPlan
 from coordinator.policy.scenario import LEAST_FREE, to_plan_with
+from coordinator.probing import Hops
 from coordinator.round import Round
 from coordinator.settings import CoordinatorSettings
 
@@ -28,7 +31,11 @@ SLOW = 0.75
 """Of a share; what lies above is scatter."""
 LEAST_LEFT = 0.02
 """Of a transfer's bits, so many are counted as left however late it is."""
+LEAST_BESIDE = 0.01
+"""Where any share changes, so do those that make room for it, or have its room, if they change by more than this."""
 LEAST_RATE_BPS, LARGEST_RATE_BPS = 1e3, 1e15
+LAG_S = 3.0
+"""For so long what is seen may still be of the share before."""
 BISECTIONS = 60
 
 
@@ -36,7 +43,8 @@ BISECTIONS = 60
 class Moving:
     """A transfer that has not ended. hops: (channel, bits per second alone on it), the first `up` of them its sender's.
 
-    goodput_bps: at which it moves if only the network holds it back; None: not known.
+    measured: the same, without what was found of it under way. goodput_bps: at which it moves if only the network holds
+    it back; None: not known.
     """
 
     transfer: str
@@ -44,7 +52,8 @@ class Moving:
     share_bps: float
     left_bits: float
     tail_s: float
-    hops: tuple[tuple[str, float], ...]
+    hops: Hops
+    measured: Hops = ()
     up: int = 1
     goodput_bps: float | None = None
 
@@ -52,6 +61,12 @@ class Moving:
     def slow(self) -> bool:
         """Whether it stays clearly behind its share."""
         return self.goodput_bps is not None and self.goodput_bps < SLOW * self.share_bps
+
+    @property
+    def left_s(self) -> float:
+        """To its end, at the rate that it has."""
+        rate_bps = self.goodput_bps or self.share_bps
+        return self.left_bits / max(min(rate_bps, self.share_bps), LEAST_RATE_BPS) + self.tail_s
 
 
 def revise(
@@ -61,29 +76,92 @@ def revise(
     orders: list[tuple[str, PaceOrder]] = []
     for round_ in rounds:
         running = [(transfer, link) for transfer, link in round_.running() if round_.paced(link)]
-        if len(running) < 2 or not round_.drift.heard(
-            telemetry.agent, _rates(telemetry, running, fleet, round_), now_s
-        ):
+        if not running or (len(running) < 2 and not round_.revised):
             continue
-        others = [other for other in rounds if other is not round_]
-        free = airtime_free(fleet, settings, others, round_.factors)
-        after_s = now_s - round_.accepted_s
-        moving = relocated(
-            [
-                _moving(transfer, link, round_, fleet, settings.site_channels(), after_s=after_s)
-                for transfer, link in running
-            ],
-            free,
-        )
-        round_.hops.update({each.transfer: each.hops for each in moving if each.transfer in round_.reporting})
-        shares = dict(zip((each.transfer for each in moving), new_shares(moving, free), strict=True))
-        changed = [each for each in moving if abs(shares[each.transfer] / each.share_bps - 1) > LEAST_CHANGE]
-        round_.drift.revised(_references(moving, shares, {each.transfer for each in changed}, fleet, round_), now_s)
-        for each in changed:
-            round_.revise(each.transfer, shares[each.transfer])
-            order = PaceOrder(request=round_.ask.request, transfer=each.transfer, rate_bps=shares[each.transfer])
-            orders.append((each.sender, order))
+        channels, after_s = settings.site_channels(), now_s - round_.accepted_s
+        moving = [_moving(transfer, link, round_, fleet, channels, after_s=after_s) for transfer, link in running]
+        round_.drift.ends_s = after_s + max(each.left_s for each in moving)
+        news = _news(telemetry, running, moving, round_)
+        for each in moving:
+            if each.transfer in news:
+                round_.probing.heard(each.transfer, each.goodput_bps and each.goodput_bps / each.share_bps)
+        rates_bps = _rates(telemetry.agent, running, moving, news, fleet=fleet, round_=round_)
+        drifted = round_.drift.heard(telemetry.agent, rates_bps, now_s)
+        if round_.drift.may(now_s):
+            free = airtime_free(fleet, settings, [other for other in rounds if other is not round_], round_.factors)
+            given = _orders(moving, round_, fleet, free, drifted=drifted, now_s=now_s)
+            round_.revisions += bool(given)
+            orders += given
     return orders
+
+
+def _orders(
+    moving: list[Moving], round_: Round, fleet: Fleet, free: Mapping[str, float], *, drifted: bool, now_s: float
+) -> list[tuple[str, PaceOrder]]:
+    """What is to be ordered if the links have drifted, a trial has failed or is due, or a transfer has ended."""
+    running = {each.transfer for each in moving}
+    if len(moving) == 1 and all(free.get(name, 1.0) >= 1 for name, _ in moving[0].measured):
+        return _let_go(moving[0], round_)
+    failed = round_.probing.settle(running, now_s)
+    trial: dict[str, Hops] = {}
+    if not (drifted or failed or round_.shared_by - running):
+        trial = round_.probing.due({each.transfer: each.measured for each in moving}, now_s)
+        if not trial:
+            return []
+    known = round_.probing.hops | trial
+    moving = [replace(each, hops=known.get(each.transfer, each.measured)) for each in moving]
+    if drifted:
+        moving = _found(moving, round_, free, now_s)
+    shares = dict(zip((each.transfer for each in moving), new_shares(moving, free), strict=True))
+    if trial and not any(shares[transfer] > (1 + LEAST_CHANGE) * _share(moving, transfer) for transfer in trial):
+        round_.probing.put_off(trial, now_s)
+        return []
+    round_.probing.begin(trial)
+    changed = _changed(moving, shares, round_)
+    round_.drift.revised(_references(moving, shares, {each.transfer for each in changed}, fleet, round_), now_s)
+    round_.shared_by = frozenset(running)
+    return [_order(each, shares[each.transfer], round_) for each in changed]
+
+
+def _order(each: Moving, share_bps: float, round_: Round) -> tuple[str, PaceOrder]:
+    round_.revise(each.transfer, share_bps)
+    round_.probing.repaced([each.transfer])
+    return each.sender, PaceOrder(request=round_.ask.request, transfer=each.transfer, rate_bps=share_bps)
+
+
+def _let_go(last: Moving, round_: Round) -> list[tuple[str, PaceOrder]]:
+    """Paced no more, once."""
+    if not round_.shared_by or round_.shared_by == {last.transfer}:
+        return []
+    round_.shared_by = frozenset({last.transfer})
+    round_.revise(last.transfer, min(bps for _, bps in last.measured))
+    return [(last.sender, PaceOrder(request=round_.ask.request, transfer=last.transfer, rate_bps=None))]
+
+
+def _share(moving: Sequence[Moving], transfer: str) -> float:
+    return next(each.share_bps for each in moving if each.transfer == transfer)
+
+
+def _changed(moving: Sequence[Moving], shares: Mapping[str, float], round_: Round) -> list[Moving]:
+    """Those that get another share; of what a plan said of later ones nothing holds then."""
+    ratios = {each.transfer: shares[each.transfer] / each.share_bps for each in moving}
+    if all(abs(ratio - 1) <= LEAST_CHANGE for ratio in ratios.values()):
+        return []
+    stepping = {transfer for transfer, link in round_.running() if link.later_rates}
+    return [each for each in moving if abs(ratios[each.transfer] - 1) > LEAST_BESIDE or each.transfer in stepping]
+
+
+def _found(moving: Sequence[Moving], round_: Round, free: Mapping[str, float], now_s: float) -> list[Moving]:
+    """The same with the rates of hops as the slow ones show them, which is remembered of them."""
+    common, changed = _common(moving), relocated(moving, free)
+    alike: dict[str, dict[str, Hops]] = {}
+    for each in changed:
+        if each.slow and each.transfer in round_.reporting:
+            reason = next((name for name, _ in each.hops if name in common), f"hop of {each.transfer}")
+            alike.setdefault(reason, {})[each.transfer] = each.hops
+    for hops in alike.values():
+        round_.probing.found(hops, now_s)
+    return changed
 
 
 def new_shares(moving: Sequence[Moving], free: Mapping[str, float]) -> tuple[float, ...]:
@@ -122,13 +200,18 @@ def new_shares(moving: Sequence[Moving], free: Mapping[str, float]) -> tuple[flo
 
 def relocated(moving: Sequence[Moving], free: Mapping[str, float]) -> list[Moving]:
     """The same with the rates of hops as slow as the slow ones show: their senders' own, or a channel common to all."""
+    common = _common(moving)
+    return [_slowed(each, moving, common, free) for each in moving]
+
+
+def _common(moving: Sequence[Moving]) -> set[str]:
+    """Channels on which several are, and all of them slow."""
     passing = Counter(name for each in moving for name in {name for name, _ in each.hops})
-    common = {
+    return {
         name
         for name, count in passing.items()
         if count > 1 and all(each.slow for each in moving if any(at == name for at, _ in each.hops))
     }
-    return [_slowed(each, moving, common, free) for each in moving]
 
 
 def _slowed(each: Moving, moving: Sequence[Moving], common: set[str], free: Mapping[str, float]) -> Moving:
@@ -148,21 +231,39 @@ def _slowed(each: Moving, moving: Sequence[Moving], common: set[str], free: Mapp
     return replace(each, hops=tuple(hops))
 
 
-def _rates(
-    telemetry: Telemetry, running: Sequence[tuple[str, LinkPlan]], fleet: Fleet, round_: Round
-) -> dict[str, float]:
-    """What this report says of the running transfers of its agent, in bits per second."""
+def _news(
+    telemetry: Telemetry, running: Sequence[tuple[str, LinkPlan]], moving: Sequence[Moving], round_: Round
+) -> set[str]:
+    """Transfers of which the report's agent says something that it has not said before."""
     said = {progress.transfer: progress for progress in telemetry.sending}
+    news = set()
+    for (transfer, link), each in zip(running, moving, strict=True):
+        if link.sender != telemetry.agent or transfer not in said:
+            continue
+        if transfer not in round_.reporting or link.later_rates:
+            round_.drift.references[transfer] = each.share_bps
+        if said[transfer] != round_.reporting.get(transfer):
+            news.add(transfer)
+        round_.reporting[transfer] = said[transfer]
+    return news
+
+
+def _rates(
+    agent: str,
+    running: Sequence[tuple[str, LinkPlan]],
+    moving: Sequence[Moving],
+    news: Collection[str],
+    *,
+    fleet: Fleet,
+    round_: Round,
+) -> dict[str, float]:
+    """What an agent's report says of its running transfers, in bits per second."""
     found: dict[str, float] = {}
-    for transfer, link in running:
-        if link.sender == telemetry.agent and transfer in said:
-            goodput_bps = said[transfer].goodput_bps
-            if transfer not in round_.reporting:
-                round_.reporting.add(transfer)
-                round_.drift.references[transfer] = link.share_bps
-            if goodput_bps is not None:
-                found[transfer] = goodput_bps
-        elif transfer not in round_.reporting and telemetry.agent in {link.sender, link.receiver}:
+    for (transfer, link), each in zip(running, moving, strict=True):
+        if transfer in news:
+            if each.goodput_bps is not None:
+                found[transfer] = each.goodput_bps
+        elif transfer not in round_.reporting and agent in {link.sender, link.receiver}:
             found[transfer] = _link_rate(link, fleet, round_)
     return found
 
@@ -189,6 +290,7 @@ def _moving(
     transfer: str, link: LinkPlan, round_: Round, fleet: Fleet, channels: Sequence[Channel], *, after_s: float
 ) -> Moving:
     progress = _progress(fleet, link.sender, transfer)
+    goodput_bps = progress.goodput_bps if progress else None
     factor = round_.factor(link)
     measured = link_channels(fleet, link.sender, link.receiver, channels) or (("", link.link_bps / factor),)
     hops = tuple((name, min(max(factor * bps, LEAST_RATE_BPS), LARGEST_RATE_BPS)) for name, bps in measured)
@@ -197,13 +299,26 @@ def _moving(
     return Moving(
         transfer=transfer,
         sender=link.sender,
-        share_bps=link.share_bps,
+        share_bps=_share_now(link, after_s, goodput_bps),
         left_bits=max(LEAST_LEFT * bits, bits - moved_bits),
         tail_s=link.predicted.decode_s,
-        hops=round_.hops.get(transfer, hops),
+        hops=round_.probing.hops.get(transfer, hops),
+        measured=hops,
         up=max(1, sum(link.sender in channel.members for channel in channels)),
-        goodput_bps=progress.goodput_bps if progress else None,
+        goodput_bps=goodput_bps,
     )
+
+
+def _share_now(link: LinkPlan, after_s: float, goodput_bps: float | None) -> float:
+    """Its share at this time; while it changes as planned, the one that is nearest to what is seen."""
+    steps = [(0.0, link.share_bps), *sorted((step.after_s, step.rate_bps) for step in link.later_rates)]
+    ends_s = [*(start_s for start_s, _ in steps[1:]), float("inf")]
+    lately = [
+        rate_bps
+        for (start_s, rate_bps), end_s in zip(steps, ends_s, strict=True)
+        if start_s <= max(0.0, after_s) and end_s > after_s - LAG_S
+    ]
+    return lately[-1] if goodput_bps is None else min(max(goodput_bps, min(lately)), max(lately))
 
 
 def _moved_by_plan(link: LinkPlan, bits: float, after_s: float) -> float:

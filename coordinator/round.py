@@ -21,6 +21,7 @@ from broker_config.messages import (
     RoundReport,
     SendOrder,
     SendOutcome,
+    SendProgress,
     Stages,
     new_id,
 )
@@ -28,15 +29,17 @@ from broker_config.messages.base import RungName
 from coordinator.drift import Drift, Rule
 from coordinator.fleet import Fleet
 from coordinator.policy import LinkPlan, RequestPlan
+from coordinator.probing import Probing
 
 LEAST_PART_TIMEOUT_S = 4.0
 PART_TIMEOUT_FACTOR = 3.0
 UNMEASURED_PART_TIMEOUT_S = 30.0
 """A part is given up after PART_TIMEOUT_FACTOR times its predicted arrival; before anything is measured, after this."""
 
-SMALL_CHUNK_BYTES, LARGE_CHUNK_BYTES = 64 * 1024, 256 * 1024
-SLOW_LINK_BPS = 50e6
-"""Under it chunks are small: 256 KiB would hold a slow link for longer than anything else should wait."""
+LEAST_CHUNK_BYTES, SMALL_CHUNK_BYTES, LARGE_CHUNK_BYTES = 16 * 1024, 64 * 1024, 256 * 1024
+SLOWEST_LINK_BPS, SLOW_LINK_BPS = 5e6, 50e6
+"""Under it chunks are small: 256 KiB would hold a slow link for longer than anything else should wait, and of few large
+ones nothing can be told of its rate while they go."""
 
 ALONE_SHARE = 0.99
 REVISED = "share revised to"
@@ -64,7 +67,8 @@ class Round:
     `done` is set when the receiver has told the end, or when the round was stopped; whichever came first counts.
     receiver_instance: the receiver as it was when the round was planned; another one knows nothing of it. factors,
     overhead_s: what was learned of links and receiver when it was. revised: transfers whose shares have changed since.
-    reporting: those whose senders say how far they are; hops: what rates these were found to have by channel.
+    reporting: what senders last said of how far theirs are; probing: those that were found slow. shared_by: those
+    that had their shares in the last revision.
     """
 
     ask: Ask
@@ -79,8 +83,10 @@ class Round:
     rule: Rule = field(default_factory=Rule)
     transfers: tuple[str, ...] = ()
     revised: set[str] = field(default_factory=set)
-    reporting: set[str] = field(default_factory=set)
-    hops: dict[str, tuple[tuple[str, float], ...]] = field(default_factory=dict)
+    revisions: int = 0
+    reporting: dict[str, SendProgress] = field(default_factory=dict)
+    probing: Probing = field(default_factory=Probing)
+    shared_by: frozenset[str] = frozenset()
     first_piece_s: float | None = None
     answered_s: float | None = None
     sends: dict[str, SendOutcome] = field(default_factory=dict)
@@ -158,7 +164,7 @@ class Round:
                     meet=source.meet,
                     facts_tokens=self.ask.facts_tokens,
                     expires_s=expires_s,
-                    chunk_bytes=SMALL_CHUNK_BYTES if source.link_bps < SLOW_LINK_BPS else LARGE_CHUNK_BYTES,
+                    chunk_bytes=_chunk_bytes(source.link_bps),
                     rate_bps=source.share_bps if self.paced(source) else None,
                     later_rates=source.later_rates if self.paced(source) else (),
                 ),
@@ -259,6 +265,7 @@ class Round:
             answer=answer.answer if answer else "",
             answer_tokens=answer.answer_tokens if answer else 0,
             fallbacks=sum(bool(part.fallback) for part in parts.values()),
+            revisions=self.revisions,
             reason=(reason or (answer.reason if answer else ""))[:1024],
         )
 
@@ -294,6 +301,26 @@ class Round:
         """Whether others use a channel of this link. One that has all to itself is not slowed to what was measured."""
         shared = len(self.links) > 1 or bool(link.later_rates)
         return link.share_bps > 0 and (shared or link.share_bps < ALONE_SHARE * link.link_bps)
+
+
+def _chunk_bytes(link_bps: float) -> int:
+    if link_bps < SLOWEST_LINK_BPS:
+        return LEAST_CHUNK_BYTES
+    return SMALL_CHUNK_BYTES if link_bps < SLOW_LINK_BPS else LARGE_CHUNK_BYTES
+
+
+def unfinished(ask: Ask, policy: str, reason: str) -> RoundReport:
+    """Of a question whose round is not known any more."""
+    return RoundReport(
+        request=ask.request,
+        question=ask.question,
+        receiver=ask.receiver,
+        policy=policy,
+        state="failed",
+        quality_floor=ask.quality_floor,
+        deadline_s=ask.deadline_s,
+        reason=reason,
+    )
 
 
 def _revised(link: LinkPlan, share_bps: float) -> LinkPlan:

@@ -41,11 +41,12 @@ from broker_config.messages.base import COORDINATOR
 from coordinator.errors import CoordinatorError, RequestImpossible
 from coordinator.fleet import Fleet, apply, expire
 from coordinator.journal import InFlight, Journal
+from coordinator.keeping import Keeper
 from coordinator.learning import Learning
 from coordinator.planning import plan_round
 from coordinator.policy import POLICIES, get_policy
 from coordinator.revision import revise
-from coordinator.round import EndOfRound, Round
+from coordinator.round import EndOfRound, Round, unfinished
 from coordinator.settings import CoordinatorSettings
 from coordinator.telling import Teller, publish_or_log
 from coordinator.texts import Texts
@@ -72,6 +73,7 @@ class Coordinator:
         self._rounds: dict[str, Round] = {}
         self._texts = Texts()
         self._learning = Learning(settings.planning.rate_quantile)
+        self._keeper: Keeper | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._recent: OrderedDict[str, None] = OrderedDict()
         self._ends: OrderedDict[str, Ended | Refused] = OrderedDict()
@@ -81,8 +83,8 @@ class Coordinator:
 
     async def run(self) -> None:
         """Serve until cancelled. Raises JournalUnwritable."""
-        journal = Journal(self._settings.state_path / f"{self._settings.site}-rounds.jsonl")
-        site = self._settings.site
+        site, folder = self._settings.site, self._settings.state_path
+        journal = Journal(folder / f"{site}-rounds.jsonl")
         try:
             bus = MqttBus(
                 settings=self._settings.broker,
@@ -93,15 +95,18 @@ class Coordinator:
                 on_state=self._listening,
             )
             bus.add_on_connect(self._say_online)
-            await self.join(bus, journal)  # before the session starts: what the broker kept for us comes at once
+            keeper = Keeper(folder / f"{site}-learned.json")
+            await self.join(bus, journal, keeper)  # before the session starts: what the broker kept comes at once
             async with bus:
                 await self.serve()
         finally:
             journal.close()
 
-    async def join(self, bus: Bus, journal: Journal) -> None:
-        """Listen on a bus. What an earlier coordinator left over is not taken again."""
+    async def join(self, bus: Bus, journal: Journal, keeper: Keeper | None = None) -> None:
+        """Listen on a bus. What an earlier coordinator left over is not taken again, what it had learned is known."""
         self._bus, self._journal, self._teller = bus, journal, Teller(bus)
+        if keeper is not None:
+            self._keeper, self._learning = keeper, Learning(self._settings.planning.rate_quantile, keeper.learned)
         self._listening(BusState.CONNECTED)
         for request in (*journal.known_ended, *(entry.ask.request for entry in journal.left_over)):
             self._remember(request)
@@ -232,16 +237,7 @@ class Coordinator:
         ask = entry.ask
         reason = "the coordinator was restarted while this question was in flight; ask again"
         await self._cancel_orders(entry.agents, ask.request, reason)
-        report = RoundReport(
-            request=ask.request,
-            question=ask.question,
-            receiver=ask.receiver,
-            policy=ask.policy or self._settings.planning.policy,
-            state="failed",
-            quality_floor=ask.quality_floor,
-            deadline_s=ask.deadline_s,
-            reason=reason,
-        )
+        report = unfinished(ask, ask.policy or self._settings.planning.policy, reason)
         log.info("ended after a restart", request=ask.request)
         await self._conclude(ask, report)
 
@@ -273,9 +269,11 @@ class Coordinator:
         return await self._teller.tell_end(ask.client, end)
 
     def _watch(self) -> None:
-        """A receiver that is gone ends its rounds."""
+        """A receiver that is gone ends its rounds; what was learned is kept."""
         now_s, since_s, expiry_s = _now_s(), self._listening_since_s, self._settings.planning.expiry_s
         self._fleet = expire(self._fleet, now_s)
+        if self._keeper is not None:
+            self._keeper.keep(self._learning, now_s)
         if since_s is None:
             return  # silence says nothing to the deaf
         for round_ in self._rounds.values():
@@ -389,6 +387,8 @@ class Coordinator:
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._keeper is not None:
+            self._keeper.close(self._learning)
 
 
 def _now_s() -> float:

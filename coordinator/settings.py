@@ -86,7 +86,8 @@ class CoordinatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         ),
     ] = "home"
     state_folder: Annotated[
-        str, Meta(title="folder for the journal of questions in flight", extra={"unit": "path"})
+        str,
+        Meta(title="folder for the journal of questions in flight and for what was learned", extra={"unit": "path"}),
     ] = "~/.local/state/kvbus"
     broker: Annotated[BrokerSettings, Meta(title="the MQTT broker")] = BrokerSettings()
     planning: Annotated[PlanningSettings, Meta(title="planning")] = PlanningSettings()

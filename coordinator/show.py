@@ -88,7 +88,8 @@ def outcome_lines(report: RoundReport) -> Iterator[str]:
     e2e = f"E2E {report.predicted_e2e_s:.2f}/{seconds(report.e2e_s)}"
     if report.e2e_s and report.links:
         e2e += f" ({report.predicted_e2e_s / report.e2e_s - 1:+.0%})"
-    yield f"{question}; {e2e}, whole answer {seconds(report.total_s)}{deadline}"
+    revisions = {0: "", 1: "; shares revised once"}.get(report.revisions, f"; shares revised {report.revisions} times")
+    yield f"{question}; {e2e}, whole answer {seconds(report.total_s)}{deadline}{revisions}"
 
 
 def error_lines(errors: Iterable[PredictionError]) -> Iterator[str]:

@@ -8,47 +8,74 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from functools import cached_property
+from itertools import chain
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from broker_config.messages import Speed
+from broker_config.messages import Rung
+from coordinator.columns import Columns, columns_of
 from coordinator.ladders import Ladders
-from coordinator.latency import Link, Scenario, prefill_s, usable
-from coordinator.numbers import Flags, Floats, Ints, column
+from coordinator.latency import Scenario
+from coordinator.numbers import Flags, Floats, Ints, begins, column, numbered
 
 NEWTON_STEPS = 16
 WHOLE = 1 << 30
 """Tokens of a slice that holds any context: nothing is streamed."""
 
-
-_NUMBERS = attrgetter(
-    "tokens",
-    "elements_per_token",
-    "bytes_per_token_id",
-    "sender_rtt_s",
-    "receiver_rtt_s",
-    "receiver_overhead_s",
-    "cached",
-    "generated",
-    "request",
-    "snr",
-)
+_question_tokens = attrgetter("question_tokens")
 
 
 class Groups:
-    """Links by what they have in common. index: (K,) which group each is in; the groups are numbered from 0."""
+    """N things by what they have in common. index: (N,) which group each is in; the groups are numbered from 0."""
 
-    def __init__(self, keys: Sequence[Hashable]) -> None:
-        numbers: dict[Hashable, int] = {}
-        self.index: Ints = np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.intp)
-        self.count = len(numbers)
-        self.alone = self.count == len(keys)
+    def __init__(self, index: Ints, count: int) -> None:
+        self.index, self.count = index, count
+        self.alone = count == len(index)
         """Whether nobody shares a group."""
 
-    def sums(self, values: Floats) -> Floats:
+    @classmethod
+    def of(cls, keys: Sequence[Hashable]) -> Groups:
+        """By key."""
+        index, distinct = numbered(keys, keys)
+        return cls(index, len(distinct))
+
+    @cached_property
+    def sizes(self) -> Ints:
+        """How many each group has."""
+        return np.bincount(self.index, minlength=self.count)
+
+    @cached_property
+    def starts(self) -> Ints:
+        """Where each group begins when things are sorted by group."""
+        return np.cumsum(self.sizes) - self.sizes
+
+    @cached_property
+    def _sorted_starts(self) -> Ints:
+        """Of things sorted by group, where the group of each begins."""
+        return np.repeat(self.starts, self.sizes)
+
+    @cached_property
+    def _short(self) -> NDArray[np.unsignedinteger[Any]]:
+        """The index in so few bytes that it is sorted by counting."""
+        return self.index.astype(np.min_scalar_type(self.count))
+
+    def order(self, values: Floats) -> Ints:
+        """By group, and within one by value, (N,)."""
+        by_value = np.argsort(values)
+        return by_value if self.count == 1 else by_value[np.argsort(self._short[by_value], kind="stable")]
+
+    def running(self, values: Floats) -> Floats:
+        """Of values sorted by group, the sums up to each that begin anew with each group, (N,)."""
+        upto = np.cumsum(values)
+        return upto if self.count == 1 else upto - (upto - values)[self._sorted_starts]
+
+    def sums(self, values: NDArray[np.floating[Any]]) -> Floats:
         """The sum of each group: (..., K) to (..., groups)."""
+        if values.ndim == 1:
+            return np.asarray(np.bincount(self.index, values, self.count), dtype=np.float64)
         flat = values.reshape(-1, values.shape[-1])
         places = self.index + self.count * np.arange(len(flat))[:, None]
         found = np.bincount(places.ravel(), weights=flat.ravel(), minlength=self.count * len(flat))
@@ -65,11 +92,8 @@ class Groups:
         """For each link the sum of its group's values before it in such an order."""
         sorted_ = np.take_along_axis(values, order, axis=-1)
         upto = np.cumsum(sorted_, axis=-1) - sorted_
-        groups = self.index[order]
-        starts = np.concatenate([np.ones((*groups.shape[:-1], 1), dtype=bool), np.diff(groups, axis=-1) != 0], axis=-1)
-        at = np.maximum.accumulate(np.where(starts, np.arange(groups.shape[-1]), 0), axis=-1)
         found = np.empty_like(upto)
-        np.put_along_axis(found, order, upto - np.take_along_axis(upto, at, axis=-1), axis=-1)
+        np.put_along_axis(found, order, upto - upto[..., self._sorted_starts], axis=-1)
         return found
 
 
@@ -91,128 +115,163 @@ class Table:
     """Columns (K,) over the links of a scenario, in their order. Seconds, bits and counts as the names say."""
 
     def __init__(self, scenario: Scenario) -> None:
-        links = scenario.links
-        self.scenario, self.count = scenario, len(links)
+        self.scenario, self.count = scenario, len(scenario.links)
         self.slice_tokens = scenario.slice_tokens or WHOLE
-        columns = np.array([_NUMBERS(link) for link in links], dtype=np.float64).reshape(-1, 10).T
-        self.tokens, self.elements, id_bytes, sender_rtt_s, receiver_rtt_s, overheads_s = columns[:6]
-        self.cached, self.generated = columns[6] > 0, columns[7] > 0
-        self.request: Ints = columns[8].astype(np.intp)
-        self.head_bits = 8.0 * (scenario.header_bytes + id_bytes * self.tokens)
+        columns = self._columns = columns_of(scenario.links)
+        self.tokens, self.elements = columns.tokens, columns.elements_per_token
+        self.cached, self.generated = columns.cached > 0, columns.generated > 0
+        self.request: Ints = columns.request.astype(np.intp)
+        self.head_bits = 8.0 * (scenario.header_bytes + columns.bytes_per_token_id * self.tokens)
         """What goes first, whatever the medium: the header, with the ids of all tokens."""
-        self.order_s, self.back_s = sender_rtt_s / 2, (sender_rtt_s + receiver_rtt_s) / 2
-        self._set_compute(links)
-        self._set_requests(receiver_rtt_s / 2 + overheads_s)
-        self._set_channels(links, columns[9])
-        has_rungs: Flags = np.array([bool(link.rungs) for link in links], dtype=bool)
-        self.may_cache: Flags = has_rungs & self.measured & self._usable & (self.tokens > 0)
+        there_s = columns.receiver_rtt_s / 2
+        self.order_s = columns.sender_rtt_s / 2
+        self.back_s = self.order_s + there_s
+        self._set_compute(columns)
+        self._set_requests(columns, there_s + columns.receiver_overhead_s)
+        self._set_channels(columns)
+        self.known: Flags = self.measured & self._usable
+        """Whose predictions rest on measurements only."""
+        has_rungs = np.fromiter(map(bool, columns.rungs), dtype=bool, count=self.count)
+        self.may_cache: Flags = has_rungs & self.known & (self.tokens > 0)
 
     @cached_property
     def ladders(self) -> Ladders:
         """What entries weigh and take at each rung."""
-        return Ladders(self.scenario.links)
+        return Ladders(self.scenario.links, self._columns)
 
-    def _set_compute(self, links: Sequence[Link]) -> None:
+    def ladders_of(self, rungs: list[tuple[Rung, ...]]) -> Ladders:
+        """The same if links had these rungs."""
+        return Ladders(self.scenario.links, self._columns._replace(rungs=rungs))
+
+    def _set_compute(self, columns: Columns) -> None:
         """fixed, per token and per token² seconds of prefill at the receiver; what the sender takes to produce."""
-        speeds = {id(speed): speed for link in links for speed in (link.sender_speed, link.receiver_speed)}
-        places = {key: place for place, key in enumerate(speeds)}
-        terms = np.array([_prefill_terms(speed) for speed in speeds.values()], dtype=np.float64).reshape(-1, 5)
-        received = terms[[places[id(link.receiver_speed)] for link in links]]
-        sent = terms[[places[id(link.sender_speed)] for link in links]]
-        self.prefill_fixed_s, self.prefill_token_s, self.prefill_square_s = received.T[:3]
-        self._usable: Flags = (received[:, 4] > 0) & (sent[:, 4] > 0)
-        produces = ~self.cached
-        self.produce_fixed_s = np.where(produces & ~self.generated, sent[:, 0], 0.0)
-        self.produce_token_s = np.where(produces, np.where(self.generated, sent[:, 3], sent[:, 1]), 0.0)
-        self.produce_square_s = np.where(produces & ~self.generated, sent[:, 2], 0.0)
-        self.text_token_s = np.where(self.generated & produces, sent[:, 3], 0.0)
+        speeds, sender, receiver = columns.all_speeds, columns.sender_speed, columns.receiver_speed
+        self.prefill_fixed_s, self.prefill_token_s, self.prefill_square_s = speeds.prefill_s[:, receiver]
+        self._usable: Flags = speeds.usable[receiver] & speeds.usable[sender]
+        made = speeds.prefill_s[:, sender] * ~(self.cached | self.generated)
+        self.text_token_s = speeds.generate_s[sender] * (self.generated & ~self.cached)
         """Between two tokens of a text that is still being generated."""
+        self.produce_fixed_s, self.produce_square_s = made[0], made[2]
+        self.produce_token_s = made[1] + self.text_token_s
 
-    def _set_requests(self, last_s: Floats) -> None:
+    def _set_requests(self, columns: Columns, last_s: Floats) -> None:
         """last_s: (K,) from the end of a question at the link's receiver to its first token's arrival."""
-        links, requests = self.scenario.links, self.scenario.requests
-        self.senders = Groups([link.sender for link in links])
-        self.receivers = Groups([link.receiver for link in links])
+        requests = self.scenario.requests
+        self.senders = Groups.of(columns.sender)
+        self.receivers = Groups.of(columns.receiver)
+        self.room_bits = np.full(self.receivers.count, np.inf)
+        """What each receiver can hold of caches on their way."""
+        np.minimum.at(self.room_bits, self.receivers.index, 8 * columns.receiver_room_bytes)
+        self.roomy = bool(np.all(self.room_bits == np.inf))
         first = np.full(len(requests), -1, dtype=np.intp)
         first[self.request[::-1]] = np.arange(self.count)[::-1]
-        behind = np.bincount(self.request, weights=self.tokens, minlength=len(requests))
-        self.question_s = column(
-            [
-                prefill_s(links[link].receiver_speed, terms.question_tokens, int(tokens)) if link >= 0 else 0.0
-                for terms, link, tokens in zip(requests, first.tolist(), behind.tolist(), strict=True)
-            ]
-        )
-        self.last_s = np.where(first >= 0, last_s[first], 0.0) if self.count else np.zeros(len(requests))
+        asked = self.asked = np.flatnonzero(first >= 0)
+        """Requests that have links."""
+        first = first[asked]
+        behind = np.bincount(self.request, weights=self.tokens, minlength=len(requests))[asked]
+        tokens = np.fromiter(map(_question_tokens, requests), dtype=np.float64, count=len(requests))[asked]
+        taken_s = self.prefill_token_s[first] + self.prefill_square_s[first] * (tokens + 2 * behind)
+        self.question_s, self.last_s = np.zeros((2, len(requests)))
+        self.question_s[asked] = np.where(tokens > 0, self.prefill_fixed_s[first] + tokens * taken_s, 0.0)
+        self.last_s[asked] = last_s[first]
         """From the end of a request's question to its first token's arrival."""
-        self._set_members()
-        questions = np.zeros(self.receivers.count)
-        np.maximum.at(questions, self.receivers.index, self.questions_s[self.request])
-        self.after_s = questions[self.receivers.index] + last_s
+        self._set_members(self.receivers.index[first])
+        questions_s = self.questions_s[self.request]
+        if len(asked) > self.receivers.count:
+            latest_s = np.zeros(self.receivers.count)
+            np.maximum.at(latest_s, self.receivers.index, questions_s)
+            questions_s = latest_s[self.receivers.index]
+        self.after_s = questions_s + last_s
         """What follows the parts at a link's receiver: all its questions, what else it needs, and the token's way."""
 
-    def _set_members(self) -> None:
+    def _set_members(self, receivers: Ints) -> None:
         """Whose work goes before a request's question: its own, and that of earlier ones at the same receiver.
 
-        member_link, member_request: pairs of a link and a request that it goes before; questions_s: by request.
+        receivers: of the requests that have links. member_link, member_request: pairs of a link and a request that it
+        goes before; questions_s: by request.
         """
-        requests, receiver = self.scenario.requests, np.full(len(self.scenario.requests), -1, dtype=np.intp)
-        receiver[self.request] = self.receivers.index
         self.member_link, self.member_request = np.arange(self.count), self.request
-        self.questions_s = self.question_s
-        if np.bincount(receiver[receiver >= 0], minlength=1).max() <= 1:
+        self.questions_s, asked = self.question_s, self.asked
+        if len(asked) == self.receivers.count:
             return
-        by_deadline = sorted(range(len(requests)), key=lambda i: (requests[i].deadline_s or float("inf"), i))
-        rank = np.empty(len(requests), dtype=np.intp)
-        rank[by_deadline] = np.arange(len(requests))
+        deadlines_s = column([self.scenario.requests[index].deadline_s or np.inf for index in asked])
+        order = np.lexsort((asked, deadlines_s, receivers))
+        asked, starts = asked[order], np.flatnonzero(begins(receivers[order]))
+        start = np.repeat(starts, np.diff(starts, append=len(asked)))
         self.questions_s = self.question_s.copy()
-        members: list[Ints] = []
-        owners: list[Ints] = []
-        for index in np.flatnonzero(receiver >= 0):
-            before = (receiver == receiver[index]) & (rank <= rank[index])
-            self.questions_s[index] = self.question_s[before].sum()
-            links = np.flatnonzero(before[self.request])
-            members.append(links)
-            owners.append(np.full(len(links), index, dtype=np.intp))
-        self.member_link, self.member_request = np.concatenate(members), np.concatenate(owners)
+        upto_s = np.cumsum(self.question_s[asked])
+        self.questions_s[asked] = upto_s - (upto_s - self.question_s[asked])[start]
+        place = np.empty(len(self.scenario.requests), dtype=np.intp)
+        place[asked] = np.arange(len(asked))
+        by_place = np.argsort(place[self.request], kind="stable")
+        ends = np.cumsum(np.bincount(place[self.request], minlength=len(asked)))
+        begin = (ends - np.bincount(place[self.request], minlength=len(asked)))[start]
+        self.member_link = by_place[_ranges(begin, ends)]
+        self.member_request = np.repeat(asked, ends - begin)
+
+    @cached_property
+    def moments(self) -> Groups:
+        """Four moments of each member, one set behind the other, by the request that it goes before (asked)."""
+        place = np.searchsorted(self.asked, self.member_request)
+        return Groups(np.concatenate([place] * 4), len(self.asked))
 
     def before_at_sender(self, work_s: Floats) -> Floats:
         """For each link the work of its sender for links before it, (..., K)."""
         if self.senders.alone:
             return np.zeros_like(work_s)
-        order = np.argsort(self.senders.index, kind="stable")
-        return self.senders.before(work_s, np.broadcast_to(order, work_s.shape))
+        return self.senders.before(work_s, np.broadcast_to(self._by_sender, work_s.shape))
+
+    @cached_property
+    def _by_sender(self) -> Ints:
+        return np.argsort(self.senders.index, kind="stable")
 
     def text_at_once(self, own: Floats) -> Floats:
         """Which share of a prefill can't begin before the last of its tokens is there."""
         return np.where(self.text_token_s > 0, np.minimum(self.slice_tokens, own) / np.maximum(own, 1.0), 1.0)
 
-    def _set_channels(self, links: Sequence[Link], snr: Floats) -> None:
+    def _set_channels(self, columns: Columns) -> None:
         """Pairs (link, channel) sorted by channel, with the rate alone on it; one passed twice has half of that."""
-        passed = [(i, name, bps) for i, link in enumerate(links) if link.link_bps > 0 for name, bps in link.channels]
-        channels = Groups([name for _, name, _ in passed])
-        self.channel_names = tuple(dict.fromkeys(name for _, name, _ in passed))
-        link: Ints = np.array([i for i, _, _ in passed], dtype=np.intp)
-        order = np.lexsort((link, channels.index))
-        link, channel = link[order], channels.index[order]
-        bit_s = 1 / column([bps for _, _, bps in passed])[order]
-        anew = np.flatnonzero((np.diff(link, prepend=-1) != 0) | (np.diff(channel, prepend=-1) != 0))
-        self.pair_link, self.pair_channel = link[anew], channel[anew]
-        self.pair_alone_bps = 1 / np.add.reduceat(bit_s, anew) if anew.size else bit_s
-        self.measured: Flags = np.bincount(self.pair_link, minlength=self.count) > 0
-        self.pair_snr = snr[self.pair_link]
-        self.channel_starts = np.searchsorted(self.pair_channel, np.arange(channels.count))
-        self.pairs_by_link = np.argsort(self.pair_link, kind="stable")
-        self.link_starts = np.flatnonzero(np.diff(self.pair_link[self.pairs_by_link], prepend=-1))
+        bps = columns.link_bps.tolist()
+        ways = [channels if rate > 0 else () for channels, rate in zip(columns.channels, bps, strict=True)]
+        link = np.repeat(np.arange(self.count), np.fromiter(map(len, ways), dtype=np.intp, count=self.count))
+        names, alone_bps = zip(*chain.from_iterable(ways), strict=True) if link.size else ((), ())
+        channel, self.channel_names = numbered(names, names)
+        order = np.argsort(channel, kind="stable")
+        link, channel, bit_s = link[order], channel[order], 1 / column(alone_bps)[order]
+        first = begins(channel)
+        anew = begins(link) | first
+        if not anew.all():
+            bit_s = np.add.reduceat(bit_s, anew.nonzero()[0])
+            link, channel, first = link[anew], channel[anew], first[anew]
+        self.pair_link, self.pair_channel, self.pair_alone_bps = link, channel, 1 / bit_s
+        self.channel_starts = first.nonzero()[0]
+        self.pair_snr = columns.snr[link]
+        self.fdma = bool((self.pair_snr > 0).any())
+        self.measured: Flags = np.zeros(self.count, dtype=bool)
+        self.measured[link] = True
         free = self.scenario.airtime_free
         self.free = column([free.get(name, 1.0) for name in self.channel_names])
-        self.fdma = bool(np.any(self.pair_snr > 0))
-        crowd = np.bincount(self.pair_channel, minlength=channels.count)
-        self.shared: Flags = crowd > 1
+
+    @cached_property
+    def shared(self) -> Flags:
         """Channels that more than one link passes."""
-        self.most_bps = self.least_of_pairs(
-            self.pair_alone_bps * rates_of_shares(self.free[self.pair_channel], self.pair_snr)
-        )
+        return np.asarray(np.bincount(self.pair_channel, minlength=len(self.free)) > 1)
+
+    @cached_property
+    def pairs_by_link(self) -> Ints:
+        """Pairs sorted by link."""
+        return np.argsort(self.pair_link, kind="stable")
+
+    @cached_property
+    def link_starts(self) -> Ints:
+        """Where among these each link's begin, for links that have any."""
+        return np.flatnonzero(begins(self.pair_link[self.pairs_by_link]))
+
+    @cached_property
+    def most_bps(self) -> Floats:
         """What each link has if it has all that is free to itself."""
+        free = rates_of_shares(self.free[self.pair_channel], self.pair_snr)
+        return self.least_of_pairs(self.pair_alone_bps * free)
 
     def used(self, rates: Floats) -> Floats:
         """The share of each channel that these rates take: (..., K) to (..., channels)."""
@@ -259,8 +318,9 @@ class Table:
         """Whether no receiver has a choice between shared channels among these links (K,): no prices change it."""
         counts = self.shared[self.pair_channel] & which[self.pair_link]
         receivers, channels = self.receivers.index[self.pair_link[counts]], self.pair_channel[counts]
-        ways = np.unique(np.stack([receivers, channels]), axis=1)
-        return bool(np.bincount(ways[0], minlength=1).max() <= 1)
+        way = np.zeros(self.receivers.count, dtype=np.intp)
+        way[receivers] = channels
+        return bool(np.all(way[receivers] == channels))
 
     def least_on_way(self, by_channel: Floats) -> Floats:
         """For each link the least of what its channels have; infinite for one that passes none."""
@@ -326,13 +386,13 @@ def band_shares(alone: Floats, snr: Floats) -> Floats:
 
 def rates_of_shares(shares: Floats, snr: Floats) -> Floats:
     """Which fraction of the rate that the whole band would give a link this share of it does: undoes `band_shares`."""
+    if not np.any(snr > 0):
+        return shares
     some, waves = np.where(shares > 0, shares, 1.0), np.where(snr > 0, snr, 1.0)
     return np.where((snr > 0) & (shares > 0), some * np.log1p(waves / some) / np.log1p(waves), shares)
 
 
-def _prefill_terms(speed: Speed | None) -> tuple[float, ...]:
-    """(fixed, per token, per token²) seconds of prefill, seconds to generate a token, and 1 if usable; else all 0."""
-    if speed is None or speed.prefill_tps <= 0:
-        return 0.0, 0.0, 0.0, 0.0, 0.0
-    generate_s = 1 / speed.decode_tps if speed.decode_tps > 0 else 0.0
-    return speed.prefill_fixed_s, 1 / speed.prefill_tps, speed.prefill_s_per_token2, generate_s, float(usable(speed))
+def _ranges(begin: Ints, end: Ints) -> Ints:
+    """All from each begin up to its end, one range behind the other."""
+    sizes = end - begin
+    return np.asarray(np.arange(sizes.sum()) + np.repeat(begin - (np.cumsum(sizes) - sizes), sizes))

@@ -15,14 +15,14 @@ those with the earlier deadline go first, and the questions of those before coun
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from broker_config.messages import Stages
-from coordinator.ladders import Ladders
 from coordinator.latency import Decision, Prediction, Scenario
-from coordinator.numbers import Floats, Ints
+from coordinator.numbers import Floats
 from coordinator.table import Table
 
 
@@ -39,6 +39,12 @@ class Course:
     decode_s: Floats
     rates: Floats
     steps_s: Floats = field(default_factory=lambda: np.zeros(1))
+
+    @cached_property
+    def bit_s(self) -> Floats:
+        """Seconds a bit, (K,), at the first rates."""
+        rates = self.rates[:, 0]
+        return np.divide(1.0, rates, out=np.zeros_like(rates), where=rates > 0)
 
 
 @dataclass(frozen=True)
@@ -74,9 +80,8 @@ def evaluate(scenario: Scenario, decisions: Sequence[Decision]) -> Prediction:
 
 def course_of(table: Table, decisions: Sequence[Decision]) -> Course:
     """Decisions as columns."""
-    pairs = list(zip(table.scenario.links, decisions, strict=True))
-    alone = [replace(link, rungs=(decision.rung,) if decision.rung else ()) for link, decision in pairs]
-    bits, encode_s, decode_s = Ladders(alone).coded(np.zeros(table.count, dtype=np.intp))
+    ladders = table.ladders_of([(decision.rung,) if decision.rung else () for decision in decisions])
+    bits, encode_s, decode_s = ladders.coded(np.zeros(table.count, dtype=np.intp))
     steps = sorted({0.0, *(at for decision in decisions for at, _ in decision.later)})
     rates = np.array([_rates(decision, steps) for decision in decisions]).reshape(table.count, len(steps))
     return Course(
@@ -100,19 +105,21 @@ def _rates(decision: Decision, steps: Sequence[float]) -> list[float]:
 def timeline(table: Table, course: Course) -> Timeline:
     """The course of a round."""
     sent, first, produce_s, encode_s, begin_s, made_s = table.making(course.own, course.encode_s)
-    carries = sent > 0
+    carries, first_bits = sent > 0, first * course.token_bits
     text_s = _through(course, table.order_s, table.head_bits)
     ids_s = np.maximum(text_s, table.order_s + table.text_token_s * course.own)
     sending_s = np.maximum(begin_s, text_s)
     all_s = _through(course, sending_s, sent * course.token_bits)
-    last_s = _through(course, made_s, first * course.token_bits)
+    last_s = _through(course, made_s, first_bits)
     arrive_s = np.where(carries, np.maximum(all_s, last_s), ids_s) + table.back_s
-    first_s = np.where(carries, _through(course, sending_s, first * course.token_bits) + table.back_s, arrive_s)
+    first_s = np.where(carries, _through(course, sending_s, first_bits) + table.back_s, arrive_s)
     prefill_s, decode_s = table.prefill_s(course.own), course.decode_s * sent
     at_once = np.where(carries, first / np.maximum(sent, 1.0), 1.0)
-    works = (
-        _Works(np.minimum(first_s, arrive_s), arrive_s, decode_s, at_once),
-        _Works(text_s + table.back_s, ids_s + table.back_s, prefill_s, table.text_at_once(course.own)),
+    works = _Works(
+        first_s=np.array([np.minimum(first_s, arrive_s), text_s + table.back_s]),
+        last_s=np.array([arrive_s, ids_s + table.back_s]),
+        work_s=np.array([decode_s, prefill_s]),
+        at_once=np.array([at_once, table.text_at_once(course.own)]),
     )
     return Timeline(
         sender_prefill_s=produce_s,
@@ -144,7 +151,7 @@ def _through(course: Course, start_s: Floats, bits: Floats) -> Floats:
     """When so many bits are through from a start on, at the rates of each link; a rate of 0 takes no time."""
     rates, steps_s = course.rates, course.steps_s
     if len(steps_s) == 1:
-        return start_s + np.divide(bits, rates[:, 0], out=np.zeros_like(bits), where=rates[:, 0] > 0)
+        return np.asarray(start_s + bits * course.bit_s)
     at_s, left = start_s.copy(), bits.copy()
     for step, ends_s in enumerate([*steps_s[1:], np.inf]):
         rate = rates[:, step]
@@ -158,7 +165,10 @@ def _through(course: Course, start_s: Floats, bits: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class _Works:
-    """Work of links at their receivers: at_once of it comes at the last moment, the rest evenly since the first."""
+    """Work of links at their receivers, (2, K) decoding and prefill.
+
+    at_once of it comes at the last moment, the rest evenly since the first.
+    """
 
     first_s: Floats
     last_s: Floats
@@ -166,34 +176,24 @@ class _Works:
     at_once: Floats
 
 
-def _requests(table: Table, works: tuple[_Works, ...]) -> Floats:
+def _requests(table: Table, works: _Works) -> Floats:
     """E2E of each request: when its receiver has worked all that goes before it, and its question."""
-    member = table.member_link
-    first_s, last_s, work_s, at_once = (
-        np.concatenate([getattr(each, name)[member] for each in works])
-        for name in ("first_s", "last_s", "work_s", "at_once")
-    )
-    request = np.concatenate([table.member_request] * len(works))
-    spread = last_s - first_s
+    spread = works.last_s - works.first_s
     flows = spread > 0
-    slope = np.divide(work_s * (1 - at_once), spread, out=np.zeros_like(work_s), where=flows)
-    jump = np.where(flows, work_s * at_once, work_s)
-    moment = np.concatenate([last_s, first_s])
-    owner = np.concatenate([request, request])
-    constant = np.concatenate([jump + slope * last_s, -slope * first_s])
-    slopes = np.concatenate([slope, -slope])
-    order = np.lexsort((-moment, owner))
-    moment, owner = moment[order], owner[order]
-    constant, slopes = _running(constant[order], owner), _running(slopes[order], owner)
-    ends_s = moment + constant - slopes * moment
-    found = np.zeros(len(table.question_s))
-    np.maximum.at(found, owner, ends_s)
-    return found + table.questions_s + table.last_s
+    slope = np.divide(works.work_s * (1 - works.at_once), spread, out=np.zeros_like(spread), where=flows)
+    jump = np.where(flows, works.work_s * works.at_once, works.work_s)
+    moment = _by_member(table, works.last_s, works.first_s)
+    constant = _by_member(table, jump + slope * works.last_s, -slope * works.first_s)
+    slopes = _by_member(table, slope, -slope)
+    moments = table.moments
+    order = moments.order(-moment)
+    moment = moment[order]
+    ends_s = moment + moments.running(constant[order]) - moments.running(slopes[order]) * moment
+    found = table.questions_s + table.last_s
+    found[table.asked] += np.maximum.reduceat(ends_s, moments.starts)
+    return found
 
 
-def _running(values: Floats, owner: Ints) -> Floats:
-    """Running sums that begin anew with each owner."""
-    upto = np.cumsum(values)
-    starts = np.flatnonzero(np.diff(owner, prepend=-1))
-    base = np.repeat(upto[starts] - values[starts], np.diff(np.append(starts, len(owner))))
-    return np.asarray(upto - base)
+def _by_member(table: Table, last: Floats, first: Floats) -> Floats:
+    """What holds from the last moments of both works on, and from the first, for each member, (4 M,)."""
+    return np.concatenate([last, first])[:, table.member_link].ravel()

@@ -100,6 +100,7 @@ class Outgoing:
             log.info("transfer %s is not under way: its pace is nobody's", order.transfer)
             return
         job.pacer.change(order.rate_bps or None, order.later_rates)
+        job.flow.repaced()
 
     async def _send(self, job: _Job) -> Sent:
         order = job.order
@@ -267,7 +268,7 @@ class _Job:
     def __init__(self, order: SendOrder, began_s: float) -> None:
         self.order = order
         self.pacer = Pacer(order.rate_bps or None, order.chunk_bytes, order.later_rates, began_s=began_s)
-        self.flow = Flow(order.transfer, pace=self.pacer.rate_bps)
+        self.flow = Flow(order.transfer, chunk_bytes=order.chunk_bytes, pace=self.pacer.rate_bps)
         self.meet = False
         """Whether its receiver goes on computing while slices come, which then come last first."""
         self.payload_bytes = 0

@@ -125,7 +125,10 @@ class LinkReport(Struct, frozen=True, kw_only=True):
 
 
 class RoundReport(Struct, frozen=True, kw_only=True):
-    """A round up to its one end. e2e_s: acceptance to first answer token, on the coordinator's clock."""
+    """A round up to its one end. e2e_s: acceptance to first answer token, on the coordinator's clock.
+
+    revisions: how often links had changed so much that shares were given anew under way.
+    """
 
     request: Id
     question: Question
@@ -143,6 +146,7 @@ class RoundReport(Struct, frozen=True, kw_only=True):
     answer: Answer = ""
     answer_tokens: Tokens = 0
     fallbacks: Count = 0
+    revisions: Count = 0
     reason: Reason = ""
 
 
@@ -188,7 +192,7 @@ class PredictionError(Struct, frozen=True, kw_only=True):
 
 
 class CoordinatorPresence(Message, frozen=True, kw_only=True, tag="coordinator"):
-    """Retained: whether a coordinator is there, and how well it has predicted since it started."""
+    """Retained: whether a coordinator is there, and how well it has predicted its last rounds."""
 
     instance: Id
     state: Literal["online", "offline"]

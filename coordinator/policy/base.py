@@ -6,7 +6,9 @@ prediction are the same code for all, so that they can be compared (methods, sec
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Literal, Protocol
 
 from broker_config.messages import LinkReport, RateStep, Stages
@@ -93,27 +95,51 @@ class RequestPlan:
         return self.late_s <= 0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
     """What a policy decided for all requests planned together. predicted_e2e_s is that of the slowest of them.
 
-    within_s is the round's E2E that min-max allocation guarantees; the prediction is never above it. bound_s, where it
-    is known: an E2E below which no plan of constant rates is; never above the prediction, which may be of rates that
-    change.
+    within_s is the round's E2E that min-max allocation guarantees; the prediction is never above it. Held as columns:
+    requests, links and bound_s are worked out when they are first asked for, by by_request and bound, which are pure.
+    Plans are equal if all of these are.
     """
 
     policy: str
-    requests: tuple[RequestPlan, ...]
     predicted_e2e_s: float
     predicted_question_s: float
     within_s: float
     known: bool
-    bound_s: float | None = None
+    by_request: Callable[[], tuple[RequestPlan, ...]] = field(repr=False)
+    bound: Callable[[], float | None] = field(repr=False)
 
-    @property
+    @cached_property
+    def requests(self) -> tuple[RequestPlan, ...]:
+        """In the order of the scenario."""
+        return self.by_request()
+
+    @cached_property
     def links(self) -> tuple[LinkPlan, ...]:
         """The links of all requests, in their order."""
         return tuple(link for request in self.requests for link in request.links)
+
+    @cached_property
+    def bound_s(self) -> float | None:
+        """An E2E below which no plan of constant rates is, where it is known.
+
+        Never above the prediction, which may be of rates that change.
+        """
+        found = self.bound()
+        return None if found is None else min(found, self.predicted_e2e_s)
+
+    def __eq__(self, other: object) -> bool:
+        return self._values() == other._values() if isinstance(other, Plan) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
+    def _values(self) -> tuple[object, ...]:
+        figures = self.predicted_e2e_s, self.predicted_question_s, self.within_s, self.known
+        return self.policy, *figures, self.requests, self.bound_s
 
 
 class Policy(Protocol):
@@ -152,8 +178,7 @@ class StagedPolicy:
         chosen = self.choose(shares)
         raised = raise_rungs(shares, chosen)
         found = conserve(shares, raised) if self.conserves else raised
-        bound_s = self.bound_s(shares, chosen)
-        return describe(self, scenario, found, bound_s=None if bound_s is None else min(bound_s, found.e2e_s))
+        return describe(self, found, bound=partial(self.bound_s, shares, chosen))
 
 
 class BinaryPolicy(StagedPolicy):
@@ -168,42 +193,58 @@ class BinaryPolicy(StagedPolicy):
         return shares.allocate(shares.own_of(self.media(shares)))
 
 
+def unbounded() -> None:
+    """The bound where none is known."""
+
+
 def nothing(policy: str) -> Plan:
     """The plan of a scenario without links."""
-    return Plan(policy=policy, requests=(), predicted_e2e_s=0.0, predicted_question_s=0.0, within_s=0.0, known=True)
+    return Plan(
+        policy=policy,
+        predicted_e2e_s=0.0,
+        predicted_question_s=0.0,
+        within_s=0.0,
+        known=True,
+        by_request=tuple,
+        bound=unbounded,
+    )
 
 
-def describe(policy: StagedPolicy, scenario: Scenario, allocation: Allocation, *, bound_s: float | None = None) -> Plan:
+def describe(policy: StagedPolicy, allocation: Allocation, *, bound: Callable[[], float | None] = unbounded) -> Plan:
     """An allocation as a plan."""
-    prediction, decisions = allocation.prediction, allocation.decisions
-    links = [
-        _link_plan(scenario, index, decision, prediction, meets=policy.meets)
-        for index, decision in enumerate(decisions)
-    ]
+    table = allocation.table
+    return Plan(
+        policy=policy.name,
+        predicted_e2e_s=allocation.e2e_s,
+        predicted_question_s=float(table.question_s.max()),
+        within_s=allocation.within_s,
+        known=bool(table.known.all()),
+        by_request=partial(_request_plans, allocation, meets=policy.meets),
+        bound=bound,
+    )
+
+
+def _request_plans(allocation: Allocation, *, meets: bool) -> tuple[RequestPlan, ...]:
+    scenario, prediction = allocation.table.scenario, allocation.prediction
     by_request: list[list[LinkPlan]] = [[] for _ in scenario.requests]
-    for link, plan in zip(scenario.links, links, strict=True):
-        by_request[link.request].append(plan)
-    requests = tuple(
+    known = allocation.table.known.tolist()
+    for index, decision in enumerate(allocation.decisions):
+        plan = _link_plan(scenario, index, decision, prediction, known=known[index], meets=meets)
+        by_request[scenario.links[index].request].append(plan)
+    return tuple(
         RequestPlan(
             request=terms.request,
             receiver=terms.receiver,
-            predicted_e2e_s=prediction.request_e2e_s[index],
-            predicted_question_s=prediction.question_s[index],
+            predicted_e2e_s=e2e_s,
+            predicted_question_s=question_s,
             deadline_s=terms.deadline_s,
-            late_s=max(0.0, prediction.request_e2e_s[index] - terms.deadline_s) if terms.deadline_s else 0.0,
-            known=all(plan.known for plan in by_request[index]),
-            links=tuple(by_request[index]),
+            late_s=max(0.0, e2e_s - terms.deadline_s) if terms.deadline_s else 0.0,
+            known=all(plan.known for plan in plans),
+            links=tuple(plans),
         )
-        for index, terms in enumerate(scenario.requests)
-    )
-    return Plan(
-        policy=policy.name,
-        requests=requests,
-        predicted_e2e_s=prediction.e2e_s,
-        predicted_question_s=max(prediction.question_s),
-        within_s=allocation.within_s,
-        known=scenario.known,
-        bound_s=bound_s,
+        for terms, e2e_s, question_s, plans in zip(
+            scenario.requests, prediction.request_e2e_s, prediction.question_s, by_request, strict=True
+        )
     )
 
 
@@ -213,7 +254,9 @@ def _medium(link: Link, own_tokens: int) -> Medium:
     return "split" if own_tokens else "cache"
 
 
-def _link_plan(scenario: Scenario, index: int, decision: Decision, prediction: Prediction, *, meets: bool) -> LinkPlan:
+def _link_plan(
+    scenario: Scenario, index: int, decision: Decision, prediction: Prediction, *, known: bool, meets: bool
+) -> LinkPlan:
     link = scenario.links[index]
     rung = decision.rung or link.reference
     return LinkPlan(
@@ -238,7 +281,7 @@ def _link_plan(scenario: Scenario, index: int, decision: Decision, prediction: P
         text_bytes=link.tokens * link.bytes_per_token_id,
         predicted=prediction.stages[index],
         arrive_s=prediction.arrive_s[index],
-        known=link.known,
+        known=known,
         note=link.note,
         meet=meets and 0 < decision.own_tokens < link.tokens,
         later_rates=tuple(RateStep(after_s=at, rate_bps=rate) for at, rate in decision.later),

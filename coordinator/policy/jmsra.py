@@ -17,6 +17,8 @@ from coordinator.policy.base import BinaryPolicy
 from coordinator.policy.shares import Allocation, Shares
 
 TIE_S = 1e-9
+FEW_LINKS = 32
+"""Up to so many another policy asks for the search too, whose time grows with the cube of links."""
 
 
 class JmsraPolicy(BinaryPolicy):
@@ -58,7 +60,7 @@ def greedy(shares: Shares, start: Flags) -> Flags:
         flips = np.repeat(cache[None, :], len(free), axis=0)
         flips[np.arange(len(free)), free] ^= True
         rows = shares.rows(shares.own_of(flips), tightest)
-        found = shares.least(rows, below_s=now_s - TIE_S)
+        found = shares.least(rows, below_s=now_s - TIE_S * max(1.0, now_s))
         if found is None:
             return cache
         tied, now_s = found

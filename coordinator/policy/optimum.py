@@ -20,16 +20,17 @@ import numpy as np
 from coordinator.numbers import Floats, Ints
 from coordinator.policy.base import StagedPolicy
 from coordinator.policy.bound import lower_bound
-from coordinator.policy.jmsra import binary_choices
+from coordinator.policy.deadlines import weighed
+from coordinator.policy.jmsra import FEW_LINKS, binary_choices
 from coordinator.policy.relaxed import Relaxed
 from coordinator.policy.shares import Allocation, Shares
 from coordinator.table import WHOLE, Table
 
-FEW_LINKS = 12
-"""Up to so many, splits are improved by moves; JMSRA is asked too, whose search takes time with the cube of links."""
 LATER = (1.0, 1.003, 1.01, 1.03, 1.1, 1.3)
 """Splits are drawn for T so much later than the relaxed one: what rounding takes must be had back."""
 LATER_OF_MANY = (1.003, 1.03)
+ROUGHLY = 1e-3
+"""To which of a T it is found out for many links."""
 MOST_ROWS = 6_000
 """Times links: so many choices are tried one by one."""
 HEARD_EARLIER, TRIED, WHOLE_TRIED = 0.15, 4, 16
@@ -38,9 +39,12 @@ and of those that split nothing.
 """
 LEAST_GAIN = 1e-6
 EQUAL = 1e-9
-MOVES = 400
+WORK = 300_000
+"""Choices times links that an improvement may look at."""
+EXCHANGED = 12
+"""Links whose splits are moved against another's."""
 IMPROVED = 2
-"""Of several starts the best are improved: where a search ends depends on where it began."""
+"""Of several starts the best are improved: without slices, where a search ends depends on where it began."""
 
 
 class OptimumPolicy(StagedPolicy):
@@ -51,13 +55,16 @@ class OptimumPolicy(StagedPolicy):
     conserves = True
 
     def choose(self, shares: Shares) -> Allocation:
-        """The best splits found; where all have deadlines that text keeps, text: lossless, in the fewest bytes."""
+        """The best splits found; where all have deadlines that text keeps, text: lossless, in the fewest bytes.
+
+        Of several deadlines those that are missed by most count first.
+        """
         deadlines_s = [terms.deadline_s for terms in shares.scenario.requests]
         if None not in deadlines_s:
             text = shares.allocate(shares.table.tokens)
             if np.all(text.found.request_e2e_s <= np.array(deadlines_s, dtype=np.float64)):
                 return text
-        return optimum(shares)
+        return weighed(shares, optimum(shares), optimum)
 
     def bound_s(self, shares: Shares, chosen: Allocation) -> float:
         """See `lower_bound`."""
@@ -70,14 +77,15 @@ def optimum(shares: Shares) -> Allocation:
     if few is not None:
         return _exhausted(shares, *few)
     if shares.table.count > FEW_LINKS:
-        return _of_many(shares, shares.tightest())
+        return _of_many(shares)
     starts = [earliest([shares.allocate(own) for own in binary_choices(shares, searched=True)])]
     early_s = starts[0].within_s
     for rungs in starting_rungs(shares):
         drawn = draw(shares, rungs, early_s, LATER)
         starts.append(shares.allocate(drawn[shares.ends(shares.rows(drawn, rungs)).argmin()], rungs))
     starts.sort(key=lambda start: start.e2e_s)
-    return earliest([improved(shares, start) for start in starts[:IMPROVED]])
+    most = IMPROVED if shares.table.slice_tokens == WHOLE else 1
+    return earliest([improved(shares, start) for start in starts[:most]])
 
 
 def starting_rungs(shares: Shares) -> list[Ints]:
@@ -106,7 +114,7 @@ def every(shares: Shares, most: int) -> tuple[Floats, Ints] | None:
     if table.slice_tokens == WHOLE:
         return None
     counts = np.where(table.may_cache, np.ceil(table.tokens / table.slice_tokens), 0.0)
-    if table.count * np.prod(counts + 1) > most:
+    if np.log(counts + 1).sum() > np.log(most / table.count):
         return None
     worth = table.ladders.worthwhile()
     options: list[tuple[Floats, Ints]] = []
@@ -123,12 +131,22 @@ def every(shares: Shares, most: int) -> tuple[Floats, Ints] | None:
     return np.stack([own for own, _ in columns], axis=1), np.stack([places for _, places in columns], axis=1)
 
 
-def _of_many(shares: Shares, rungs: Ints) -> Allocation:
-    """The best of all tokens, all caches and what is drawn."""
-    ends = np.array(binary_choices(shares, searched=False))
-    early_s = shares.ends(shares.rows(ends, rungs)).min()
-    rows = np.concatenate([ends, draw(shares, rungs, early_s, LATER_OF_MANY)])
-    return shares.allocate(rows[shares.ends(shares.rows(rows, rungs)).argmin()], rungs)
+def _of_many(shares: Shares) -> Allocation:
+    """The best of all tokens, all caches, what is drawn, and that with nothing split."""
+    ends = binary_choices(shares, searched=False)
+    own, rungs = [np.array(ends)], [np.zeros((len(ends), shares.table.count), dtype=np.intp)]
+    least_s = shares.ends(shares.rows(own[0], rungs[0])).min() * LATER[-1]
+    for places in starting_rungs(shares):
+        relaxed = Relaxed(shares, places)
+        if len(own) > 1 and not relaxed.needed(least_s).fits:
+            break
+        least_s = relaxed.least_s(least_s, ROUGHLY)
+        drawn = _drawn(shares, relaxed, least_s, LATER_OF_MANY)
+        own += [drawn, shares.own_of(drawn[:1] * 2 < shares.table.tokens)]
+        rungs += [np.broadcast_to(places, (len(each), len(places))) for each in own[-2:]]
+    rows = np.concatenate(own), np.concatenate(rungs)
+    best = shares.ends(shares.rows(*rows)).argmin()
+    return shares.allocate(rows[0][best], rows[1][best])
 
 
 def earliest(allocations: list[Allocation]) -> Allocation:
@@ -140,12 +158,14 @@ def earliest(allocations: list[Allocation]) -> Allocation:
 def draw(shares: Shares, rungs: Ints, early_s: float, later: Sequence[float]) -> Floats:
     """Splits for a T that the relaxed programme allows, and for somewhat later ones: (M, K) own tokens, rounded."""
     relaxed = Relaxed(shares, rungs)
-    least_s = relaxed.least_s(early_s * 1.5)
-    table, rows = shares.table, []
+    return _drawn(shares, relaxed, relaxed.least_s(early_s * 1.5), later)
+
+
+def _drawn(shares: Shares, relaxed: Relaxed, least_s: float, later: Sequence[float]) -> Floats:
+    rows: list[Floats] = []
     for factor in later:
-        own = table.tokens - relaxed.needed(least_s * factor).cached
-        rows += rounded(shares, own)
-    return np.array(rows)
+        rows += rounded(shares, shares.table.tokens - relaxed.needed(least_s * factor).cached)
+    return shares.within_room(np.array(rows), relaxed.rungs)
 
 
 def rounded(shares: Shares, own: Floats) -> list[Floats]:
@@ -165,50 +185,71 @@ def _sliced(table: Table, own: Floats, way: Callable[[Floats], Floats]) -> Float
 
 
 def improved(shares: Shares, best: Allocation) -> Allocation:
-    """Slices moved and rungs changed while that ends the round earlier, large moves first."""
+    """Slices moved and rungs changed while that ends the round earlier, by one link's, and else by two links'."""
     table, own, rungs, now_s = shares.table, best.own, best.rungs, best.within_s
-    least = 1.0 if table.slice_tokens == WHOLE else float(table.slice_tokens)
-    step = least
-    while step * 4 <= table.tokens.max():
-        step *= 2
-    for _ in range(MOVES):
-        moved, placed = _moved(shares, own, rungs, step)
-        found = shares.least(shares.rows(moved, placed), below_s=now_s * (1 - LEAST_GAIN))
-        if found is not None:
-            own, rungs, now_s = moved[found[0][0]], placed[found[0][0]], found[1]
-        elif step <= least:
-            break
+    steps = [1.0 if table.slice_tokens == WHOLE else float(table.slice_tokens)]
+    while steps[0] * 4 <= table.tokens.max():
+        steps.insert(0, steps[0] * 2)
+    work = 0
+    while work < WORK:
+        for step in (None, *steps):
+            choices = _moved(shares, own, rungs, steps) if step is None else _exchanged(shares, own, rungs, step)
+            work += choices[0].size
+            found = shares.least(shares.rows(*choices), below_s=now_s * (1 - LEAST_GAIN))
+            if found is not None:
+                (own, rungs), now_s = (each[found[0][0]] for each in choices), found[1]
+                break
         else:
-            step = max(least, np.ceil(step / 2 / least) * least)
+            break
     return earliest([best, shares.allocate(own, rungs)])
 
 
-def _moved(shares: Shares, own: Floats, rungs: Ints, step: float) -> tuple[Floats, Ints]:
-    """Every link's split moved by a step either way or to an end, on each of its rungs, and two links' against each
-    other: own tokens and rungs, (M, K) each.
-    """
+def _moved(shares: Shares, own: Floats, rungs: Ints, steps: Sequence[float]) -> tuple[Floats, Ints]:
+    """Every link's split moved by any step or to an end, on each of its rungs: own tokens and rungs, (M, K) each."""
     table = shares.table
-    movable = np.flatnonzero(table.may_cache)
     worth = table.ladders.worthwhile()
-    moves: list[Floats] = [own]
-    places: list[Ints] = [rungs]
-    for link in movable:
+    either = [*steps, *(-step for step in steps)]
+    moves: list[Floats] = [own[None, :]]
+    places: list[Ints] = [rungs[None, :]]
+    for link in np.flatnonzero(table.may_cache):
+        ends = [0.0, table.tokens[link], own[link]]
+        splits = np.array([*ends, *(own[link] + step for step in either)])
         for place in {*worth[:, link].tolist(), int(rungs[link])}:
-            for change in (-step, step, -table.tokens[link], table.tokens[link], 0.0):
-                moved, placed = own.copy(), rungs.copy()
-                moved[link] += change
-                placed[link] = place
-                moves.append(moved)
-                places.append(placed)
-        for other in movable:
-            if other != link:
-                moved = own.copy()
-                moved[link] -= step
-                moved[other] += step
-                moves.append(moved)
-                places.append(rungs)
-    rows = np.clip(np.array(moves), 0.0, table.tokens)
+            moved, placed = np.repeat(own[None, :], len(splits), axis=0), np.repeat(rungs[None, :], len(splits), axis=0)
+            moved[:, link], placed[:, link] = splits, place
+            moves.append(moved)
+            places.append(placed)
+    return _distinct(table, np.concatenate(moves), np.concatenate(places))
+
+
+def _exchanged(shares: Shares, own: Floats, rungs: Ints, step: float) -> tuple[Floats, Ints]:
+    """Two links' splits moved against each other; of many links those that alone would cost least."""
+    less, more = (_stepped(shares, own, rungs, change) for change in (-step, step))
+    pairs = [(one, other) for one in less for other in more if one != other]
+    moved = np.repeat(own[None, :], len(pairs) + 1, axis=0)
+    for row, (one, other) in zip(moved[1:], pairs, strict=True):
+        row[one] -= step
+        row[other] += step
+    return _distinct(shares.table, moved, np.broadcast_to(rungs, moved.shape))
+
+
+def _stepped(shares: Shares, own: Floats, rungs: Ints, change: float) -> list[int]:
+    """The links whose splits may be moved by this, or those of them for which the round ends earliest then."""
+    table = shares.table
+    links = np.flatnonzero(table.may_cache)
+    if len(links) <= EXCHANGED:
+        return [int(link) for link in links]
+    moved = np.repeat(own[None, :], len(links), axis=0)
+    moved[np.arange(len(links)), links] += change
+    rows, places = np.clip(moved, 0.0, table.tokens), np.broadcast_to(rungs, moved.shape)
+    ends_s = shares.ends(shares.rows(rows, places), later=np.inf)
+    return [int(link) for link in links[np.argsort(ends_s, kind="stable")[:EXCHANGED]]]
+
+
+def _distinct(table: Table, own: Floats, rungs: Ints) -> tuple[Floats, Ints]:
+    """Each choice once, in whole slices, without a rung where nothing travels."""
+    rows = np.clip(own, 0.0, table.tokens)
     rows = rows if table.slice_tokens == WHOLE else _sliced(table, rows, np.ceil)
-    placed = np.where(rows < table.tokens, np.array(places), 0)
+    placed = np.where(rows < table.tokens, rungs, 0)
     distinct = np.unique(np.concatenate([rows, placed], axis=1), axis=0)
     return distinct[:, : table.count], distinct[:, table.count :].astype(np.intp)

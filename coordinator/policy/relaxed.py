@@ -44,6 +44,7 @@ class Relaxed:
 
     def __init__(self, shares: Shares, rungs: Ints) -> None:
         table = self._table = shares.table
+        self.rungs = rungs
         self._order: Ints | None = None
         self._ordered_s = self._within_s = 1.0
         self._bits, self._encode_s, self._decode_s = shares.coded(rungs)
@@ -96,11 +97,11 @@ class Relaxed:
         np.minimum.at(found, self._table.receivers.index, by_link)
         return found
 
-    def least_s(self, high_s: float) -> float:
-        """The least T that fits, within TOLERANCE, if it is no more than high_s."""
+    def least_s(self, high_s: float, tolerance: float = TOLERANCE) -> float:
+        """The least T that fits, within a tolerance as a share of it, if it is no more than high_s."""
         low_s = 0.0
         for _ in range(SEARCHES):
-            if high_s - low_s <= TOLERANCE * high_s:
+            if high_s - low_s <= tolerance * high_s:
                 break
             middle_s = (low_s + high_s) / 2
             if self.needed(middle_s).fits:

@@ -77,7 +77,9 @@ def raise_rungs(shares: Shares, base: Allocation) -> Allocation:
         lossiest = climbing & (loss == loss[climbing].max())
         raised = np.where(lossiest, rungs + 1, rungs)
         wanted = shares.needed(base.own, raised, limits_s)
-        fit, alone = shares.affordable(rates, wanted, lossiest)
+        held, held_alone = shares.roomy(base.own, rungs, raised, lossiest)
+        fit, alone = shares.affordable(rates, wanted, held_alone)
+        fit, alone = fit & held, alone & held_alone
         rungs, rates = np.where(fit, raised, rungs), np.where(fit, wanted, rates)
         climbing &= (~lossiest | alone) & (rungs < ladders.top)
     if np.array_equal(rungs, base.rungs):

@@ -6,6 +6,7 @@ text (a note on the link): no rung within quality floor and memory pressure, or 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,6 +23,8 @@ from coordinator.fleet import (
 from coordinator.latency import HEADER_BYTES, TIE_FRACTION, Link, RequestTerms, Scenario, usable
 from coordinator.policy.rungs import PressureCaps, allowed_rungs, common_rungs, named_rung, why_no_rung
 
+FLOAT_BYTES = 4
+"""An element of a cache as it is computed with."""
 LEAST_FREE = 0.05
 """A round that comes while a channel is full is planned as if a twentieth were free: what is in flight will end."""
 LARGEST_BPS = 1e15
@@ -111,12 +114,27 @@ def build_scenario(
         )
     return Scenario(
         requests=tuple(terms),
-        links=tuple(links),
+        links=with_room(fleet, links),
         airtime_free={name: to_plan_with(free) for name, free in sorted((airtime_free or {}).items())},
         header_bytes=header_bytes,
         tie_fraction=tie_fraction,
         slice_tokens=slice_tokens,
     )
+
+
+def with_room(fleet: Fleet, links: Sequence[Link]) -> tuple[Link, ...]:
+    """The links with what is free at their receivers, less the caches of all their contexts, which must be there
+    whatever travels.
+    """
+    joined: Counter[str] = Counter()
+    for link in links:
+        joined[link.receiver] += FLOAT_BYTES * link.tokens * link.elements_per_token
+    free = {
+        receiver: max(0, state.telemetry.memory.available_bytes - taken)
+        for receiver, taken in joined.items()
+        if (state := fleet.agents[receiver]).telemetry is not None
+    }
+    return tuple(replace(link, receiver_room_bytes=free.get(link.receiver, link.receiver_room_bytes)) for link in links)
 
 
 def scaled(link: Link, factor: float) -> Link:

@@ -26,7 +26,7 @@ import numpy as np
 
 from coordinator.latency import Decision, Prediction, Scenario
 from coordinator.numbers import Flags, Floats, Ints
-from coordinator.table import Table
+from coordinator.table import WHOLE, Table
 from coordinator.timeline import Course, Timeline, predicted, timeline
 
 GROWTHS = 40
@@ -41,13 +41,17 @@ MOST_GROWTH = 1e6
 
 @dataclass(frozen=True)
 class Rows:
-    """M choices for the K links. bits, offset_s: (5, M, K) float64, by demand; one without bits only needs its time."""
+    """M choices for the K links. bits, offset_s: (5, M, K) float64, by demand; one without bits only needs its time.
+
+    held: (M,) bool, which of them the receivers' memories hold.
+    """
 
     bits: Floats
     offset_s: Floats
+    held: Flags
 
     def __getitem__(self, index: Flags | Ints) -> Rows:
-        return Rows(self.bits[:, index], self.offset_s[:, index])
+        return Rows(self.bits[:, index], self.offset_s[:, index], self.held[index])
 
     def needed(self, ends_s: Floats | float) -> tuple[Floats, Flags]:
         """The least rates that end links by these times, and which links none does, (M, K)."""
@@ -58,16 +62,35 @@ class Rows:
     def falling(self, ends_s: Floats) -> tuple[Floats, Floats]:
         """The same rates, for times after all offsets, and by which fraction a second they fall, (M, K) each."""
         gap = ends_s - self.offset_s
-        rates = np.divide(self.bits, gap, out=np.zeros_like(gap), where=gap > 0)
-        decisive = rates.argmax(axis=0)[None]
-        gap = np.take_along_axis(gap, decisive, axis=0)[0]
-        rates = np.take_along_axis(rates, decisive, axis=0)[0]
+        wanted = np.divide(self.bits, gap, out=np.zeros_like(gap), where=gap > 0)
+        rates = wanted.max(axis=0)
+        gap = np.where(wanted == rates, gap, 0.0).max(axis=0)
         return rates, np.divide(1.0, gap, out=np.zeros_like(gap), where=rates > 0)
 
     @property
     def sent_bits(self) -> Floats:
         """What travels in all, (M,)."""
         return np.asarray(np.maximum(self.bits[1], self.bits[-1]).sum(axis=-1))
+
+
+@dataclass(frozen=True)
+class _Timing:
+    """What of M choices doesn't depend on how much a token weighs. offset_s: (5, M, K); sent, first: (M, K) tokens."""
+
+    offset_s: Floats
+    sent: Floats
+    first: Floats
+
+    def rows(self, table: Table, token_bits: Floats) -> Rows:
+        """With what a token weighs, (K,) or (M, K)."""
+        bits = np.empty_like(self.offset_s)
+        bits[0] = self.sent * token_bits
+        bits[1] = np.where(self.sent > 0, table.head_bits + bits[0], 0.0)
+        bits[2] = bits[3] = np.where(self.sent > 0, self.first * token_bits, 0.0)
+        bits[4] = table.head_bits
+        held = np.all(table.receivers.sums(bits[0]) <= table.room_bits, axis=-1) if not table.roomy else True
+        held = np.broadcast_to(held, len(self.sent))
+        return Rows(bits if table.measured.all() else bits * table.measured, self.offset_s, held)
 
 
 @dataclass(frozen=True)
@@ -121,6 +144,8 @@ class Shares:
         self.scenario = scenario
         self.table = table or Table(scenario)
         self._coded: dict[bytes, tuple[Floats, Floats, Floats]] = {}
+        self._timed: tuple[Floats, _Timing] | None = None
+        self._read: tuple[Floats, tuple[Floats, Floats]] | None = None
         self._tightest = np.zeros(self.table.count, dtype=np.intp)
 
     @property
@@ -133,8 +158,40 @@ class Shares:
         return self._tightest
 
     def own_of(self, cache: Flags) -> Floats:
-        """Tokens that receivers prefill if these links carry their whole cache and the others none."""
-        return np.where(cache & self.may_cache, 0.0, self.table.tokens)
+        """Tokens that receivers prefill if these links carry their whole cache and the others none, (..., K).
+
+        Where a receiver's memory does not hold so many, the smallest caches come first.
+        """
+        own = np.where(cache & self.may_cache, 0.0, self.table.tokens)
+        return own if self.table.roomy else np.where(own < self.within_room(own), self.table.tokens, own)
+
+    def within_room(self, own: Floats, rungs: Ints | None = None) -> Floats:
+        """The same splits (..., K), with so many tokens more prefilled that receivers can hold the rest."""
+        table = self.table
+        if table.roomy:
+            return own
+        token_bits = self.coded(self.tightest() if rungs is None else rungs)[0]
+        bits = table.sent_tokens(own) * token_bits
+        order = np.lexsort((bits, np.broadcast_to(table.receivers.index, bits.shape)), axis=-1)
+        left = np.maximum(table.room_bits[table.receivers.index] - table.receivers.before(bits, order), 0.0)
+        size = 1.0 if table.slice_tokens == WHOLE else float(table.slice_tokens)
+        most = np.divide(left, token_bits, out=np.full_like(left, np.inf), where=token_bits > 0)
+        least = np.minimum(np.ceil(np.maximum(table.tokens - most, 0.0) / size) * size, table.tokens)
+        return np.where(bits <= left, own, np.maximum(own, least))
+
+    def roomy(self, own: Floats, rungs: Ints, raised: Ints, who: Flags) -> tuple[Flags, Flags]:
+        """Which of `who` their receivers hold at raised rungs too, (K,): all together in their order, each alone."""
+        table = self.table
+        if table.roomy:
+            return who, who
+        sent = table.sent_tokens(own)
+        now = sent * self.coded(rungs)[0]
+        more = np.where(who, sent * self.coded(raised)[0] - now, 0.0)
+        left = (table.room_bits - table.receivers.sums(now))[table.receivers.index]
+        alone = more <= left
+        order = np.argsort(table.receivers.index, kind="stable")
+        together = alone & (table.receivers.before(np.where(alone, more, 0.0), order) + more <= left)
+        return who & together, who & alone
 
     def coded(self, rungs: Ints) -> tuple[Floats, Floats, Floats]:
         """(bits, encoding seconds, decoding seconds) of a token's entries, of the shape of rungs each."""
@@ -147,42 +204,48 @@ class Shares:
 
     def rows(self, own: Floats, rungs: Ints) -> Rows:
         """Bits and offsets of these choices, own (M, K)."""
-        table = self.table
         token_bits, encode_token_s, decode_token_s = self.coded(rungs)
+        return self._timing(own, encode_token_s, decode_token_s).rows(self.table, token_bits)
+
+    def _timing(self, own: Floats, encode_token_s: Floats, decode_token_s: Floats) -> _Timing:
+        table = self.table
         sent, first, _, _, begin_s, made_s = table.making(own, encode_token_s)
-        carries, prefills = sent > 0, own > 0
-        prefill_s, decode_s = table.prefill_s(own), decode_token_s * sent
+        carries, decode_s = sent > 0, decode_token_s * sent
         order = self._order(begin_s)
         slices_s = self._behind(np.where(carries, decode_token_s * first, 0.0), order)
         decodes_s = self._behind(decode_s, order)
-        text_s = table.order_s + table.text_token_s * own * (1 - table.text_at_once(own))
-        order = self._ids_order(np.broadcast_to(text_s, sent.shape), carries, prefill_s)
-        works_s = self._behind(prefill_s, order) + table.receivers.sums(decode_s)[..., table.receivers.index]
         back_s = table.back_s + table.after_s
-        text_ready_s = table.order_s + table.text_token_s * own
-        moments = (
-            begin_s + slices_s,
-            table.order_s + slices_s,
-            made_s + slices_s,
-            begin_s + decodes_s,
-            text_s + works_s,
+        offset_s = np.empty((5, *sent.shape))
+        moments = (begin_s + slices_s, table.order_s + slices_s, made_s + slices_s, begin_s + decodes_s)
+        for demand, moment_s in enumerate(moments):
+            offset_s[demand] = np.where(carries, moment_s, 0.0) + back_s
+        text_s, last_text_s = self._texts(own)
+        offset_s[-1] = np.maximum(text_s + self._of_receiver(decode_s), last_text_s) + back_s
+        return _Timing(offset_s, sent, first)
+
+    def _texts(self, own: Floats) -> tuple[Floats, Floats]:
+        """What prefills take from each link's ids on, and the last part of a text, from its readiness on: (M, K)."""
+        if self._read is None or self._read[0] is not own:
+            table, at_once = self.table, self.table.text_at_once(own)
+            prefill_s = table.prefill_s(own)
+            text_s = np.broadcast_to(table.order_s + table.text_token_s * own * (1 - at_once), own.shape)
+            works_s = text_s + self._behind(prefill_s, self._ids_order(text_s, own < table.tokens, prefill_s))
+            ready_s = table.order_s + table.text_token_s * own
+            self._read = own, (works_s, np.where(own > 0, ready_s + prefill_s * at_once, 0.0))
+        return self._read[1]
+
+    def _of_receiver(self, work_s: Floats) -> Floats:
+        """For each link what its receiver has of all its links."""
+        return (
+            work_s if self.table.receivers.alone else self.table.receivers.sums(work_s)[..., self.table.receivers.index]
         )
-        sizes = (
-            sent * token_bits,
-            np.where(carries, table.head_bits + sent * token_bits, 0.0),
-            np.where(carries, first * token_bits, 0.0),
-            np.where(carries, first * token_bits, 0.0),
-            np.broadcast_to(table.head_bits, sent.shape),
-        )
-        last_text_s = np.where(prefills, text_ready_s + prefill_s * table.text_at_once(own), 0.0)
-        offsets = [np.where(carries, each, 0.0) + back_s for each in moments[:-1]]
-        offsets.append(np.maximum(moments[-1], last_text_s) + back_s)
-        bits = np.stack([np.broadcast_to(size, sent.shape) for size in sizes]) * table.measured
-        return Rows(bits, np.stack(offsets))
 
     def _order(self, moment_s: Floats) -> Ints:
-        receiver, tokens = np.broadcast_arrays(self.table.receivers.index, -self.table.tokens, moment_s)[:2]
-        return np.asarray(np.lexsort((tokens, moment_s, receiver), axis=-1))
+        """Links by receiver, of one receiver as something comes to it, of what comes at once the longest first."""
+        if self.table.receivers.alone:
+            return np.broadcast_to(np.arange(self.table.count), moment_s.shape)
+        tokens = np.broadcast_to(-self.table.tokens, moment_s.shape)
+        return np.asarray(np.lexsort((tokens, self._by_receiver(moment_s)), axis=-1))
 
     def _ids_order(self, text_s: Floats, carries: Flags, prefill_s: Floats) -> Ints:
         """In which a receiver's links owe it their ids: any order will do, and the first are needed the earliest.
@@ -192,8 +255,14 @@ class Shares:
         """
         if self.table.receivers.alone:
             return np.broadcast_to(np.arange(self.table.count), text_s.shape)
-        receiver = np.broadcast_to(self.table.receivers.index, text_s.shape)
-        return np.asarray(np.lexsort((-prefill_s, ~carries, text_s, receiver), axis=-1))
+        longest_s = prefill_s.max(initial=0.0)
+        return np.asarray(
+            np.lexsort((np.where(carries, -longest_s, 0.0) - prefill_s, self._by_receiver(text_s)), axis=-1)
+        )
+
+    def _by_receiver(self, moment_s: Floats) -> Floats:
+        """A number that sorts by receiver, and then by moment (..., K), to a billionth of the last."""
+        return self.table.receivers.index + moment_s / max(2 * float(moment_s.max(initial=0.0)), 1e-300)
 
     def _behind(self, work_s: Floats, order: Ints) -> Floats:
         """What a receiver does from each link on, in an order."""
@@ -221,7 +290,7 @@ class Shares:
         """
         found = np.full(rows.bits.shape[1], np.inf)
         at_s = self._surely_not_before_s(rows)
-        left = at_s <= below_s
+        left = rows.held & (at_s <= below_s)
         if limits_s is not None:
             left &= ~rows.needed(limits_s)[1].any(axis=-1)
         best_s = below_s
@@ -236,19 +305,20 @@ class Shares:
                 best_s = min(best_s, float(at_s[ended].min()) * (1 + later))
             left = ~ended & (next_s <= best_s * (1 + ROUNDING)) & (next_s < LONGEST_S)
             active, rows, at_s = active[left], rows[left], next_s[left]
-        return found
+        return np.where(found <= below_s, found, np.inf)
 
     def _surely_not_before_s(self, rows: Rows) -> Floats:
         """(M,): what each link takes that has all to itself; and what all take whose bits pass a channel together."""
         table = self.table
         alone_s = np.divide(rows.bits, table.most_bps, out=np.zeros_like(rows.bits), where=rows.bits > 0)
         ends_s = rows.offset_s * (1 + LAST_BIT) + alone_s
-        decisive = ends_s.argmax(axis=0)[None]
-        at_s = np.take_along_axis(ends_s, decisive, axis=0)[0].max(axis=-1)
+        link_s = ends_s.max(axis=0)
+        at_s = link_s.max(axis=-1)
         if table.fdma or not table.shared.any():
             return np.asarray(at_s)
         # Jensen: Σ a / (T - o) ≥ (Σ a)² / Σ a·(T - o)
-        bits, offset_s = (np.take_along_axis(each, decisive, axis=0)[0] for each in (rows.bits, rows.offset_s))
+        bits = np.where(ends_s == link_s, rows.bits, 0.0).max(axis=0)
+        offset_s = link_s - np.divide(bits, table.most_bps, out=np.zeros_like(bits), where=bits > 0)
         all_s, weighed = table.used(bits) / table.free, table.used(bits * offset_s) / table.free
         together_s = all_s + np.divide(weighed, all_s, out=np.zeros_like(all_s), where=all_s > 0)
         return np.asarray(np.maximum(at_s, together_s.max(axis=-1) * (1 - ROUNDING)))
@@ -293,7 +363,16 @@ class Shares:
 
     def needed(self, own: Floats, rungs: Ints, limits_s: Floats) -> Floats:
         """The least rates (K,) that end each link by its limit; infinite where none does."""
-        rates, late = self.rows(own[None, :], rungs).needed(limits_s)
+        token_bits, encode_token_s, decode_token_s = self.coded(rungs)
+        coding = np.concatenate([own, encode_token_s, decode_token_s])
+        if self._timed is None or not np.array_equal(self._timed[0], coding):
+            row = (
+                self._read[0]
+                if self._read is not None and np.array_equal(self._read[0], own[None, :])
+                else own[None, :]
+            )
+            self._timed = coding, self._timing(row, encode_token_s, decode_token_s)
+        rates, late = self._timed[1].rows(self.table, token_bits).needed(limits_s)
         return np.where(late[0], np.inf, rates[0])
 
     def affordable(self, rates: Floats, wanted: Floats, who: Flags) -> tuple[Flags, Flags]:

@@ -25,13 +25,11 @@ from coordinator.errors import CoordinatorError
 from coordinator.show import medium, outcome_lines, plan_lines, seconds, size
 from edge_agent.errors import AgentError
 from scripts.demo.processes import DemoFailed
-from scripts.demo.script import RECEIVER, SENDERS, Act, Question, acts
+from scripts.demo.script import POLICIES, RECEIVER, SENDERS, Act, Question, acts, in_turn
 from scripts.demo.stage import Stage, stage
 from scripts.prepare_model import default_bundle
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
-POLICIES = ("optimum", "jmsra", "token", "kv")
-"""The first is told in full; the others answer the same question under the same links, memory and quality floor."""
 FIXED = ("token", "kv")
 """Against the faster of which each question's E2E is held."""
 
@@ -73,7 +71,9 @@ async def _run(keep: bool, rounds: int, json_file: Path | None) -> None:
         console.print("starting an embedded broker, a coordinator, and agents pi-1, pi-2 and jetson-1 …")
         async with stage(bundle, folder, play[0], lambda line: console.print(f"  {line}")) as running:
             console.print(f"all ready after {time.monotonic() - start:.0f} s\n")
-            played = [each for act in play for each in await _play(running, act, rounds)]
+            played: list[Played] = []
+            for act in play:
+                played += await _play(running, act, rounds, len(played) // len(POLICIES))
             console.print(_closing_table(played))
             if json_file:
                 record = msgspec.json.format(msgspec.json.encode(_record(played, start)))
@@ -84,8 +84,11 @@ async def _run(keep: bool, rounds: int, json_file: Path | None) -> None:
                 await _stay(running, folder)
 
 
-async def _play(running: Stage, act: Act, rounds: int) -> list[Played]:
-    """One act: each of its questions under every policy in turn, all under the same links and memory."""
+async def _play(running: Stage, act: Act, rounds: int, asked: int) -> list[Played]:
+    """One act: each of its questions under every policy in turn, all under the same links and memory.
+
+    asked: questions of the acts before.
+    """
     rates = ", ".join(f"{agent} {mbps:g}" for agent, mbps in act.rates_mbps.items())
     console.print(f"── {act.title} (links set to {rates} Mbit/s)")
     await running.set_links(act)
@@ -96,10 +99,9 @@ async def _play(running: Stage, act: Act, rounds: int) -> list[Played]:
     if act.fill is not None or act.tighten:
         console.print(f"   {running.kept()}")
     played: list[Played] = []
-    for number in range(rounds):
-        for question in act.questions:
-            turn = number % len(POLICIES)  # nobody is always first
-            played += [await _ask(running, act, question, policy) for policy in POLICIES[turn:] + POLICIES[:turn]]
+    for number, question in enumerate(act.questions * rounds):
+        console.print(f"   {question.question}")
+        played += [await _ask(running, act, question, policy) for policy in in_turn(asked + number)]
     console.print()
     return played
 
@@ -124,10 +126,8 @@ async def _ask(running: Stage, act: Act, question: Question, policy: str) -> Pla
             f"{report.answer!r} {verdict}"
         )
         return played
-    console.print(f"   {question.question}")
-    for line in (*plan_lines(report), *outcome_lines(report)):
-        console.print(f"      {line}")
-    console.print(f"      answer: {report.answer!r} ({verdict})")
+    for line in (*plan_lines(report), *outcome_lines(report), f"answer: {report.answer!r} ({verdict})"):
+        console.print(f"      {policy}: {line}")
     return played
 
 

@@ -17,6 +17,11 @@ SENDERS = {"pi-1": "site-north", "pi-2": "site-south"}
 RECEIVER = "jetson-1"
 AGENTS = (*SENDERS, RECEIVER)
 
+POLICIES = ("optimum", "jmsra", "token", "kv")
+"""The first is told in full; the others answer the same question under the same links, memory and quality floor."""
+ORDERS = ((0, 1, 3, 2), (1, 2, 0, 3), (2, 3, 1, 0), (3, 0, 2, 1))
+"""In four questions each policy comes once in every place and once behind every other (Williams' design)."""
+
 FILLED = "pi-2"
 """The agent whose cache budget is filled while the demo runs."""
 CACHE_BUDGET_MB = 72.0
@@ -94,6 +99,11 @@ def acts() -> tuple[Act, ...]:
             tighten=True,
         ),
     )
+
+
+def in_turn(question: int) -> tuple[str, ...]:
+    """In which order the policies answer the question of that number: what one leaves behind, the next pays for."""
+    return tuple(POLICIES[place] for place in ORDERS[question % len(ORDERS)])
 
 
 def pages() -> list[tuple[str, str]]:

@@ -40,7 +40,8 @@ _STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "choice": ("choice", {"color": "#0072B2", "marker": "o"}),
     "rungs": ("raising of rungs", {"color": "#E69F00", "marker": "^"}),
     "bound": ("bound", {"color": "#009E73", "marker": "D"}),
-    "plan": ("plan, all of it", {"color": _INK, "marker": "v", "linewidth": 2.2}),
+    "plan": ("plan: table, choice, rungs", {"color": _INK, "marker": "v", "linewidth": 2.2}),
+    "links": ("links as values", {"color": "#D55E00", "marker": "x"}),
 }
 
 

@@ -9,7 +9,6 @@ import numpy as np
 from msgspec import Struct
 
 from coordinator.latency import Scenario
-from coordinator.policy.fixed import CachePolicy, TokenPolicy
 from coordinator.policy.optimum import OptimumPolicy
 from coordinator.policy.shares import Shares
 from scripts.policies.profiles import Profile, profiles
@@ -104,11 +103,12 @@ def lone_link(profile: Profile, rate_mbps: float, receiver_tps: float, *, ready:
 
 
 def chosen(scenario: Scenario) -> tuple[Medium, float]:
-    """The medium that optimum chooses for a lone link, and what that gains on the better of tokens and cache."""
+    """The medium that optimum chooses for a lone link, and what that gains on tokens, and on the cache at any rung."""
     shares = Shares(scenario)
     best = OptimumPolicy().choose(shares)
     own, tokens = float(best.own[0]), float(shares.table.tokens[0])
-    binary_s = min(policy.choose(shares).e2e_s for policy in (TokenPolicy(), CachePolicy()))
+    caches = [shares.allocate(np.zeros(1), places) for places in shares.table.ladders.worthwhile()]
+    binary_s = min(each.e2e_s for each in (shares.allocate(shares.table.tokens), *caches))
     medium: Medium = "tokens" if own >= tokens else "cache" if own == 0 else "split"
     return medium, binary_s / best.e2e_s - 1
 

@@ -90,7 +90,7 @@ def telemetry(
             pressure=pressure,
             cache_bytes=0,
             cache_budget_bytes=1,
-            available_bytes=1,
+            available_bytes=1 << 32,
             total_bytes=1,
             resident_bytes=1,
         ),

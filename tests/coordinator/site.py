@@ -37,6 +37,7 @@ from broker_config.messages import (
 )
 from broker_config.topics import Topic
 from coordinator.journal import Journal
+from coordinator.keeping import Keeper
 from coordinator.service import Coordinator
 from coordinator.settings import CoordinatorSettings, PlanningSettings
 from tests.coordinator.builders import MODEL, context, instance, presence, telemetry
@@ -103,9 +104,12 @@ class FakeAgent:
         await self.bus.publish(topics.PRESENCE, message, agent=self.name)
 
     async def report(self) -> None:
-        """Telemetry, once."""
+        """Telemetry, once; what it sends has moved on by the next."""
         known = telemetry(self.name, self.number, self._sequence, contexts=self.contexts)
         message = msgspec.structs.replace(known, sending=self.sending)
+        self.sending = tuple(
+            msgspec.structs.replace(each, moved_bytes=each.moved_bytes + 1_000) for each in self.sending
+        )
         self._sequence += 1
         await self.bus.publish(topics.TELEMETRY, message, agent=self.name)
 
@@ -189,7 +193,7 @@ class FakeSite:
 
     def __init__(self, folder: Path, broker: MemoryBroker) -> None:
         self.broker = broker
-        self.journal_path = folder / "rounds.jsonl"
+        self.journal_path, self.learned_path = folder / "rounds.jsonl", folder / "learned.json"
         self.pi_1 = FakeAgent(broker, "pi-1", [context("report", 400)])
         self.pi_2 = FakeAgent(broker, "pi-2", [context("log", 300)])
         self.receiver = FakeAgent(broker, "jetson-1", [context("plan", 200)])
@@ -199,11 +203,11 @@ class FakeSite:
         self.seen: list[CoordinatorPresence] = []
 
     async def start_coordinator(self, settings: CoordinatorSettings = SETTINGS) -> None:
-        """On the journal that the one before it left."""
+        """With the journal that the one before it left, and with what that had learned."""
         self.broker.buses.append(self.bus)
         self.journal = Journal(self.journal_path)
         self.coordinator = Coordinator(settings)
-        await self.coordinator.join(self.bus, self.journal)
+        await self.coordinator.join(self.bus, self.journal, Keeper(self.learned_path))
         self.serving = asyncio.create_task(self.coordinator.serve(), name="coordinator")
         await asyncio.sleep(0.01)  # virtual: whatever is retained has been heard
 

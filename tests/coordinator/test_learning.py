@@ -19,7 +19,10 @@ from coordinator.learning import (
     LEAST_BYTES,
     LEAST_FACTOR,
     LEAST_OBSERVATIONS,
+    MOST_LINKS,
+    MOST_RECEIVERS,
     REMEMBERED,
+    Learned,
     Learning,
     achieved,
     quantile,
@@ -207,3 +210,32 @@ def test_whatever_outcomes_say_what_is_learned_stays_in_its_bounds(
     said = CoordinatorPresence(instance=instance(1), state="online", errors=learning.errors())
     assert msgspec.convert(msgspec.to_builtins(said), CoordinatorPresence) == said
     assert all(math.isfinite(error.median_bias) for error in learning.errors())
+    as_file = msgspec.json.encode(learning.learned)
+    assert msgspec.json.decode(as_file, type=Learned) == learning.learned
+    assert Learning(share, learning.learned).link_factors == learning.link_factors
+
+
+def test_learning_that_begins_with_what_another_had_learned_goes_on_as_that_would_have() -> None:
+    one = Learning()
+    for ratio in (0.5, 0.9, 0.6, 0.7):
+        ended(one, PLAN, OTHER, ratios=(ratio, 1.0), e2e_s=5.0 + ratio)
+    two = Learning(learned=one.learned)
+    assert (two.link_factors, two.overheads_s, two.errors()) == (one.link_factors, one.overheads_s, one.errors())
+    assert two.link_factors
+    assert two.overheads_s
+    assert two.errors()
+    for learning in (one, two):
+        ended(learning, ALONE, ratios=(0.4,), policy="kv")
+    assert two.learned == one.learned
+
+
+def test_of_too_many_links_and_receivers_those_that_were_unheard_for_longest_are_forgotten() -> None:
+    learning = Learning()
+    for number in range(MOST_LINKS + 10):
+        ended(learning, replace(ALONE, sender=f"pi-{number}"), receiver=f"rx-{number}")
+        ended(learning, replace(ALONE, sender="pi-0"), receiver="rx-0")
+    links, receivers = learning.learned.links, learning.learned.receivers
+    assert (len(links), len(receivers)) == (MOST_LINKS, MOST_RECEIVERS)
+    assert [link.sender for link in links[-2:]] == [f"pi-{MOST_LINKS + 9}", "pi-0"]
+    assert {"pi-1", "pi-5"}.isdisjoint(link.sender for link in links)
+    assert msgspec.json.decode(msgspec.json.encode(learning.learned), type=Learned) == learning.learned

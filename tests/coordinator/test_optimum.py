@@ -126,17 +126,26 @@ def test_a_round_that_any_policy_ends_by_its_one_deadline_it_ends_by_it(seed: in
             assert all(request.late_s <= deadline_s * EQUAL for request in mine.requests)
 
 
-def test_of_several_deadlines_it_seldom_misses_one_that_another_policy_keeps() -> None:
-    """It ends the round as early as can be, and does not weigh one request's deadline against another's.
+@pytest.mark.parametrize("seed", range(250, 400))
+def test_of_several_deadlines_none_is_missed_by_more_than_another_policy_misses_one(seed: int) -> None:
+    mine, others = plans(wild_scenario(seed))
+    latest_s = max(request.late_s for request in mine.requests)
+    for other in others:
+        assert latest_s <= max(request.late_s for request in other.requests) * (1 + SEARCH) + EQUAL
 
-    Measured over 600 scenarios, 312 of them with deadlines: one where `token` keeps a deadline that it misses.
-    """
-    missed = 0
-    for seed in range(250, 350):
-        mine, others = plans(wild_scenario(seed))
-        pairs = [pair for other in others for pair in zip(mine.requests, other.requests, strict=True)]
-        missed += any(theirs.meets_deadline and not own.meets_deadline for own, theirs in pairs)
-    assert missed <= 1
+
+def test_a_request_that_has_time_gives_way_to_one_that_has_none() -> None:
+    """Two receivers on one cell: without deadlines both end at once, later than the one may."""
+    cell = (("cell", 2e7),)
+    links = [make_link(sender=f"pi-{each}", receiver=f"rx-{each}", link_bps=2e7, channels=cell) for each in range(2)]
+    scenario = scenario_of(links, slice_tokens=32)
+    together_s = POLICIES["optimum"].plan(scenario).predicted_e2e_s
+    deadlines_s = (0.75 * together_s, 2 * together_s)
+    requests = tuple(
+        replace(terms, deadline_s=deadline_s) for terms, deadline_s in zip(scenario.requests, deadlines_s, strict=True)
+    )
+    plan = POLICIES["optimum"].plan(replace(scenario, requests=requests))
+    assert all(request.meets_deadline for request in plan.requests)
 
 
 def faster(speed: Speed | None, factor: float) -> Speed | None:

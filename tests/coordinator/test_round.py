@@ -28,9 +28,11 @@ from coordinator.fleet import Fleet, apply
 from coordinator.policy import LinkPlan, RequestPlan
 from coordinator.round import (
     LARGE_CHUNK_BYTES,
+    LEAST_CHUNK_BYTES,
     LEAST_PART_TIMEOUT_S,
     PART_TIMEOUT_FACTOR,
     SLOW_LINK_BPS,
+    SLOWEST_LINK_BPS,
     SMALL_CHUNK_BYTES,
     UNMEASURED_PART_TIMEOUT_S,
     LocalSource,
@@ -174,7 +176,9 @@ def test_a_link_that_shares_is_paced_to_its_share_and_one_alone_is_not_slowed() 
 
 def test_chunks_are_small_on_a_slow_link() -> None:
     fast = replace(PLAN, link_bps=SLOW_LINK_BPS)
-    assert [send.chunk_bytes for _, send in sends_of(round_of(fast, PLAN))] == [LARGE_CHUNK_BYTES, SMALL_CHUNK_BYTES]
+    slow = replace(PLAN, link_bps=0.9 * SLOWEST_LINK_BPS)
+    chunks = [send.chunk_bytes for _, send in sends_of(round_of(fast, PLAN, slow))]
+    assert chunks == [LARGE_CHUNK_BYTES, SMALL_CHUNK_BYTES, LEAST_CHUNK_BYTES]
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,12 @@ def test_a_missed_deadline_and_a_fallback_cannot_be_overlooked() -> None:
     assert last.endswith("; deadline 1 s MISSED")
 
 
+def test_it_is_said_how_often_shares_were_revised() -> None:
+    for revisions, said in ((0, "kept"), (1, "; shares revised once"), (2, "; shares revised 2 times")):
+        *_, last = outcome_lines(msgspec.structs.replace(ANSWERED, revisions=revisions))
+        assert last.endswith(said)
+
+
 def test_a_split_that_has_moved_says_from_where_to_where() -> None:
     moved = msgspec.structs.replace(MEASURED, medium="split", own_tokens=100, computed_tokens=164)
     first, _ = outcome_lines(msgspec.structs.replace(ANSWERED, links=(moved,)))

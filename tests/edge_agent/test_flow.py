@@ -55,6 +55,32 @@ def test_a_change_is_seen_within_a_second_and_silence_too(clock: Clock) -> None:
     assert moving.goodput_bps < 2.5e6
 
 
+def test_after_a_change_of_pace_only_the_new_one_is_told(clock: Clock) -> None:
+    moving = Flow("t")
+    moving.made(100 * MEGABYTE)
+    run(clock, moving, MEGABYTE, 2, every_s=0.5)
+    moving.repaced()
+    assert moving.goodput_bps is None
+    run(clock, moving, 2 * MEGABYTE, 2, every_s=0.5)
+    assert moving.goodput_bps == pytest.approx(16e6, rel=0.01)
+    assert moving.moved_bytes == pytest.approx(6 * MEGABYTE, rel=0.01)
+
+
+def test_of_fewer_than_three_intervals_no_rate_is_told_unless_they_take_long(clock: Clock) -> None:
+    moving = Flow("t")
+    moving.made(100 * MEGABYTE)
+    run(clock, moving, MEGABYTE, 1.5, every_s=0.5)
+    assert moving.goodput_bps is None
+    run(clock, moving, MEGABYTE, 0.5, every_s=0.5)
+    assert moving.goodput_bps == pytest.approx(8e6, rel=0.01)
+    seldom = Flow("t")
+    seldom.made(100 * MEGABYTE)
+    run(clock, seldom, MEGABYTE, 4, every_s=2.0)
+    assert seldom.goodput_bps is None
+    clock.now_s += 5
+    assert seldom.goodput_bps is not None
+
+
 def test_reports_that_come_seldom_are_taken_over_a_longer_time(clock: Clock) -> None:
     moving = Flow("t")
     moving.made(100 * MEGABYTE)
@@ -97,3 +123,18 @@ def test_whatever_is_reported_rates_are_finite_and_totals_never_fall(
         assert moving.moved_bytes >= before
         before = moving.moved_bytes
         assert moving.rate_bps is None or 0 <= moving.rate_bps < 1e15
+
+
+def test_three_chunks_under_way_keep_a_link_busy_and_what_was_before_them_does_not_count(clock: Clock) -> None:
+    chunk = 16 * 1024
+    moving = Flow("t", chunk_bytes=chunk)
+    moving.made(chunk)
+    run(clock, moving, chunk, 0.5, every_s=0.25)
+    assert moving.goodput_bps is None
+    for _ in range(10):
+        clock.now_s += 0.1
+        moving.made(moving.moved_bytes + 4 * chunk)
+        moving.moved(moving.moved_bytes + chunk)
+    assert moving.goodput_bps == pytest.approx(8 * chunk / 0.1, rel=0.01)
+    moving.moved(moving.moved_bytes + chunk)
+    assert moving.goodput_bps is None

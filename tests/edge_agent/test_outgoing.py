@@ -102,7 +102,10 @@ async def test_telemetry_tells_how_far_a_transfer_is_and_the_speed_of_its_family
     await site.until(lambda: any(each.moved_bytes for each in agent.link.progress))
     (progress,) = agent.link.progress
     assert (progress.transfer, progress.goodput_bps) == (order.transfer, None)  # too early to tell
+    (flow,) = agent.link._outward
+    await site.until(lambda: flow.rate_bps is not None)
     agent._outgoing.pace(PaceOrder(request=order.request, transfer=order.transfer, rate_bps=None))
+    assert flow.rate_bps is None
     await incoming.payload(20)
     await site.send_outcome(order)
     assert agent.link.progress == ()

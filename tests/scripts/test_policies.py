@@ -161,14 +161,15 @@ def test_a_cache_that_is_still_to_be_computed_is_not_worth_sending_between_devic
         assert regions.chosen(regions.lone_link(profile, mbps, profile.prefill_tps, ready=False)) == ("tokens", 0.0)
 
 
-def test_a_lone_link_s_split_is_the_best_of_all_whole_slices() -> None:
+def test_a_lone_link_s_split_is_the_best_of_all_whole_slices_on_all_rungs() -> None:
     dice = random.Random(1)
     for _ in range(6):
         profile = dice.choice(list(profiles().values()))
         scenario = regions.lone_link(profile, 10 ** dice.uniform(0, 3), 10 ** dice.uniform(1, 4), ready=True)
         shares = Shares(scenario)
         slices = np.arange(0, regions.CONTEXT_TOKENS + 1, 32, dtype=np.float64)
-        least_s = min(shares.allocate(np.array([own])).e2e_s for own in slices)
+        places = range(int(shares.table.ladders.top[0]) + 1)
+        least_s = min(shares.allocate(np.array([own]), np.array([place])).e2e_s for own in slices for place in places)
         assert get_policy("optimum").plan(scenario).predicted_e2e_s == pytest.approx(least_s, rel=1e-3)
 
 
