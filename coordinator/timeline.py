@@ -156,11 +156,10 @@ def _through(course: Course, start_s: Floats, bits: Floats) -> Floats:
     for step, ends_s in enumerate([*steps_s[1:], np.inf]):
         rate = rates[:, step]
         room = np.maximum(ends_s - at_s, 0.0)
-        takes_s = np.divide(left, rate, out=np.where(left > 0, np.inf, 0.0), where=rate > 0)
-        runs_s = np.where(left > 0, np.minimum(takes_s, room), 0.0)
-        goes = np.isfinite(runs_s)
-        left = np.maximum(left - np.where(goes, runs_s, 0.0) * rate, 0.0) * (takes_s > room)
-        at_s = at_s + np.where(goes, runs_s, 0.0)
+        takes_s = np.divide(left, rate, out=np.zeros_like(left), where=rate > 0)
+        runs_s = np.minimum(takes_s, room)
+        left = np.maximum(left - runs_s * rate, 0.0) * (takes_s > room)
+        at_s = at_s + runs_s
     return at_s
 
 

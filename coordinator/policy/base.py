@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 from broker_config.messages import LinkReport, RateStep, Stages
 from coordinator.latency import Decision, Link, Prediction, Scenario, payload_bytes
 from coordinator.numbers import Flags
+from coordinator.policy.conserve import conserve
 from coordinator.policy.rungs import raise_rungs
 from coordinator.policy.shares import Allocation, Shares
 
@@ -123,8 +124,12 @@ class Plan:
 
     @cached_property
     def bound_s(self) -> float | None:
-        """An E2E below which no plan is, where it is known."""
-        return self.bound()
+        """An E2E below which no plan of constant rates is, where it is known.
+
+        Never above the prediction, which may be of rates that change.
+        """
+        found = self.bound()
+        return None if found is None else min(found, self.predicted_e2e_s)
 
     def __eq__(self, other: object) -> bool:
         return self._values() == other._values() if isinstance(other, Plan) else NotImplemented
@@ -154,22 +159,26 @@ class StagedPolicy:
     name: str
     meets = False
     """Whether both ends of a split link go on until they meet."""
+    conserves = False
+    """Whether what links leave idle of their shares is given to others."""
 
     def choose(self, shares: Shares) -> Allocation:
         """What each link carries, with its rates, on the tightest rungs."""
         raise NotImplementedError
 
     def bound_s(self, shares: Shares, chosen: Allocation) -> float | None:  # noqa: ARG002
-        """An E2E below which no plan is; None where the policy knows of none."""
+        """An E2E below which no plan of constant rates is; None where the policy knows of none."""
         return None
 
     def plan(self, scenario: Scenario) -> Plan:
-        """Chosen, then raised."""
+        """Chosen, then raised; then idle shares are given out."""
         if not scenario.links:
             return nothing(self.name)
         shares = Shares(scenario)
         chosen = self.choose(shares)
-        return describe(self, raise_rungs(shares, chosen), bound=partial(self.bound_s, shares, chosen))
+        raised = raise_rungs(shares, chosen)
+        found = conserve(shares, raised) if self.conserves else raised
+        return describe(self, found, bound=partial(self.bound_s, shares, chosen))
 
 
 class BinaryPolicy(StagedPolicy):

@@ -5,7 +5,7 @@ and cache are the ends of that. The split comes from the relaxed programme (`rel
 compared, by the min-max allocation of rates, with all tokens, all caches, and what JMSRA finds among these; on rounds
 of few links the best is then improved by moving slices, alone and between two links, until nothing is gained. So it
 is never later than any of those (of many links JMSRA's search takes too long: there it is later now and then). Then
-rungs are raised with the time that is left.
+rungs are raised with the time that is left, and what links leave idle of their shares goes to others (`conserve`).
 
 Exact under A1-A5 but for whole tokens. Where it isn't, `Plan.bound_s` says below which E2E no plan of constant rates
 is.
@@ -52,6 +52,7 @@ class OptimumPolicy(StagedPolicy):
 
     name = "optimum"
     meets = True
+    conserves = True
 
     def choose(self, shares: Shares) -> Allocation:
         """The best splits found; where all have deadlines that text keeps, text: lossless, in the fewest bytes.

@@ -124,7 +124,7 @@ class Allocation:
                 own_tokens=int(own),
                 rung=link.rungs[rung] if own < link.tokens else None,
                 rate_bps=rates[0],
-                later=tuple(zip(steps, rates[1:], strict=True)),
+                later=tuple((at, to) for at, before, to in zip(steps, rates, rates[1:], strict=False) if to != before),
             )
             for link, own, rung, rates in zip(
                 links, self.own.tolist(), self.rungs.tolist(), self.course.rates.tolist(), strict=True
@@ -389,13 +389,13 @@ class Shares:
         together = alone & (upto <= left[table.pair_channel])
         return who & table.all_of_pairs(together), who & table.all_of_pairs(alone)
 
-    def fill(self, rates: Floats) -> Floats:
-        """Gives out what is left: all rates grow alike, until a channel is full; then those that do not pass it.
+    def fill(self, rates: Floats, who: Flags | None = None) -> Floats:
+        """Gives out what is left, to these links: all grow alike, until a channel is full; then those not passing it.
 
         In each turn every channel that is the tightest of all its growing links is filled.
         """
         table, rates = self.table, rates.copy()
-        growing = (rates > 0) & table.measured
+        growing = (rates > 0) & table.measured & (True if who is None else who)
         while growing.any():
             room = self._room(rates, growing)
             level = table.least_on_way(room)

@@ -100,11 +100,14 @@ def test_the_best_binary_is_the_least_that_the_evaluator_says_of_any_media_vecto
 
 @pytest.mark.parametrize("policy", ["token", "kv", "jmsra", "optimum"])
 def test_what_is_compared_is_what_the_policy_plans_but_for_rungs_that_are_raised(policy: str) -> None:
-    """Finer rungs may code faster, and the rates that are left over are shared anew."""
+    """Finer rungs may code faster, and rates that are left over are shared anew. What is compared has constant rates;
+    a plan that gives idle shares out may be a little earlier.
+    """
+    earlier = 0.06 if policy == "optimum" else 0.02
     for seed in range(4):
         scenario = random_round(seed, links=4)
-        planned_s = get_policy(policy).plan(scenario).predicted_e2e_s
-        assert getattr(compare(scenario), policy) == pytest.approx(planned_s, rel=0.02)
+        ratio = get_policy(policy).plan(scenario).predicted_e2e_s / getattr(compare(scenario), policy)
+        assert 1 - earlier < ratio < 1.02
 
 
 def test_more_links_than_can_be_exhausted_have_no_best_binary() -> None:
