@@ -50,7 +50,7 @@ def best(allocations: list[Allocation]) -> Allocation:
 
 def greedy(shares: Shares, start: Flags) -> Flags:
     """Flips the link that lowers the round's E2E most, until none does. Both directions of a flip are open."""
-    cache, free = start, np.flatnonzero(shares.may_cache)
+    cache, free = start, shares.named_order[shares.may_cache[shares.named_order]]
     tightest = shares.tightest()
     at_start = shares.least(shares.rows(shares.own_of(cache)[None, :], tightest))
     if not free.size or at_start is None:

@@ -219,7 +219,7 @@ def _moved(shares: Shares, own: Floats, rungs: Ints, steps: Sequence[float]) -> 
             moved[:, link], placed[:, link] = splits, place
             moves.append(moved)
             places.append(placed)
-    return _distinct(table, np.concatenate(moves), np.concatenate(places))
+    return _distinct(shares, np.concatenate(moves), np.concatenate(places))
 
 
 def _exchanged(shares: Shares, own: Floats, rungs: Ints, step: float) -> tuple[Floats, Ints]:
@@ -230,13 +230,13 @@ def _exchanged(shares: Shares, own: Floats, rungs: Ints, step: float) -> tuple[F
     for row, (one, other) in zip(moved[1:], pairs, strict=True):
         row[one] -= step
         row[other] += step
-    return _distinct(shares.table, moved, np.broadcast_to(rungs, moved.shape))
+    return _distinct(shares, moved, np.broadcast_to(rungs, moved.shape))
 
 
 def _stepped(shares: Shares, own: Floats, rungs: Ints, change: float) -> list[int]:
     """The links whose splits may be moved by this, or those of them for which the round ends earliest then."""
     table = shares.table
-    links = np.flatnonzero(table.may_cache)
+    links = shares.named_order[table.may_cache[shares.named_order]]
     if len(links) <= EXCHANGED:
         return [int(link) for link in links]
     moved = np.repeat(own[None, :], len(links), axis=0)
@@ -246,10 +246,12 @@ def _stepped(shares: Shares, own: Floats, rungs: Ints, change: float) -> list[in
     return [int(link) for link in links[np.argsort(ends_s, kind="stable")[:EXCHANGED]]]
 
 
-def _distinct(table: Table, own: Floats, rungs: Ints) -> tuple[Floats, Ints]:
+def _distinct(shares: Shares, own: Floats, rungs: Ints) -> tuple[Floats, Ints]:
     """Each choice once, in whole slices, without a rung where nothing travels."""
+    table, order = shares.table, shares.named_order
     rows = np.clip(own, 0.0, table.tokens)
     rows = rows if table.slice_tokens == WHOLE else _sliced(table, rows, np.ceil)
     placed = np.where(rows < table.tokens, rungs, 0)
-    distinct = np.unique(np.concatenate([rows, placed], axis=1), axis=0)
-    return distinct[:, : table.count], distinct[:, table.count :].astype(np.intp)
+    distinct = np.unique(np.concatenate([rows[:, order], placed[:, order]], axis=1), axis=0)
+    back = np.argsort(order)
+    return distinct[:, back], distinct[:, table.count + back].astype(np.intp)

@@ -21,6 +21,7 @@ round takes: less than T where an earlier arrival lets the receiver start earlie
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -153,6 +154,14 @@ class Shares:
         """(K,) bool: which links may carry entries."""
         return self.table.may_cache
 
+    @cached_property
+    def named_order(self) -> Ints:
+        """(K,): the links by the names of their senders, those of one sender as they come: the same in any scenario
+        that lists the same links. Of choices that are equally good the first by this order is taken.
+        """
+        links = self.scenario.links
+        return np.array(sorted(range(len(links)), key=lambda index: links[index].sender), dtype=np.intp)
+
     def tightest(self) -> Ints:
         """The tightest allowed rung of every link."""
         return self._tightest
@@ -257,7 +266,7 @@ class Shares:
             return np.broadcast_to(np.arange(self.table.count), text_s.shape)
         longest_s = prefill_s.max(initial=0.0)
         return np.asarray(
-            np.lexsort((np.where(carries, -longest_s, 0.0) - prefill_s, self._by_receiver(text_s)), axis=-1)
+            np.lexsort((np.where(carries, -2 * longest_s, 0.0) - prefill_s, self._by_receiver(text_s)), axis=-1)
         )
 
     def _by_receiver(self, moment_s: Floats) -> Floats:
