@@ -60,7 +60,7 @@ class Act(Struct, frozen=True, kw_only=True):
 
 
 def acts() -> tuple[Act, ...]:
-    """Eleven questions, from slow links to fast ones, then a stricter one under a filling memory."""
+    """Fourteen questions, from slow links to fast ones, then a stricter one under a filling memory."""
     path = DOCUMENTS / "questions.json"
     asked = msgspec.json.decode(path.read_bytes(), type=tuple[Question, ...])
     one, two = [q for q in asked if len(q.sources) == 1], [q for q in asked if len(q.sources) > 1]
@@ -72,6 +72,11 @@ def acts() -> tuple[Act, ...]:
             title="slow links: a split is faster than tokens and than a cache",
             rates_mbps={"pi-1": 4.0, "pi-2": 6.0, RECEIVER: 10.0},
             questions=(one[0], one[3], two[0]),
+        ),
+        Act(
+            title="links between slow and fast: tokens and caches take as long, a split takes less",
+            rates_mbps={"pi-1": 12.0, "pi-2": 15.0, RECEIVER: 25.0},
+            questions=(one[1], one[4], two[1]),
         ),
         Act(
             title="one link gets fast: what travels differs by link",
