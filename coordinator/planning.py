@@ -107,13 +107,17 @@ def airtime_free(
     running: Collection[Round],
     factors: Mapping[LinkName, float] = MappingProxyType({}),
 ) -> dict[str, float]:
-    """What transfers in flight leave of each channel, as fractions. factors: what was learned of links' rates."""
+    """What transfers in flight leave of each channel, as fractions; of shares that change, the largest counts.
+
+    factors: what was learned of links' rates.
+    """
     used: dict[str, float] = {}
     for round_ in running:
         for link in round_.running_links():
             for channel, alone_bps in link_channels(fleet, link.sender, link.receiver, settings.site_channels()):
                 learned_bps = alone_bps * factor_of(factors, link.sender, link.receiver)
-                used[channel] = used.get(channel, 0.0) + link.share_bps / learned_bps
+                most_bps = max(link.share_bps, *(step.rate_bps for step in link.later_rates), 0.0)
+                used[channel] = used.get(channel, 0.0) + most_bps / learned_bps
     return {channel: max(0.0, 1.0 - share) for channel, share in used.items()}
 
 

@@ -1,14 +1,20 @@
 """The optimum policy: every link split where the round ends first (methods, section 2, "Beyond it").
 
 A receiver prefills the first tokens of each context itself while the entries of the others are on their way; tokens
-and cache are the ends of that. The split comes from the relaxed programme (`relaxed`), rounded to whole slices, and is
-compared, by the min-max allocation of rates, with all tokens, all caches, and what JMSRA finds among these; on rounds
-of few links the best is then improved by moving slices, alone and between two links, until nothing is gained. So it
-is never later than any of those (of many links JMSRA's search takes too long: there it is later now and then). Then
-rungs are raised with the time that is left, and what links leave idle of their shares goes to others (`conserve`).
+and cache are the ends of that. What is chosen of each link is a split and a rung, together: one that weighs little may
+take long to code.
 
-Exact under A1-A5 but for whole tokens. Where it isn't, `Plan.bound_s` says below which E2E no plan of constant rates
-is.
+    one or two links   every split at a slice on every rung that is worth while, all at once
+    up to 32           from JMSRA's ends, all of one medium and the relaxed programme (`relaxed`), on the tightest rungs
+                       and on those that code fastest, slices are moved and rungs changed while that gains
+    more               the best of the relaxed programme's splits, of those with nothing split, and of all of one medium
+
+So it is never later than `token` and `kv`, nor than `jmsra` up to 32 links. Choices are compared by the min-max
+allocation of rates, the best few by the evaluator. Of several deadlines the one missed by most counts first
+(`deadlines`). Then rungs are raised with the time that is left, and idle shares given out (`conserve`).
+
+Exact under A1-A5 but for whole tokens, and for one or two links in slices. Where it isn't, `Plan.bound_s` says below
+which E2E no plan of constant rates is.
 """
 
 from __future__ import annotations
@@ -48,7 +54,7 @@ IMPROVED = 2
 
 
 class OptimumPolicy(StagedPolicy):
-    """Splits by linear programme, rounding and moves; min-max shares by bisection."""
+    """Splits and rungs by trying all of few, else by linear programme, rounding and moves; min-max shares."""
 
     name = "optimum"
     meets = True

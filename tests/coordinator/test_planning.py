@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker_config.messages import Ask, ContextInfo, LinkQuality, Telemetry
+from broker_config.messages import Ask, ContextInfo, LinkQuality, RateStep, Telemetry
 from coordinator.errors import (
     AgentOffline,
     AgentUnknown,
@@ -202,6 +203,15 @@ def test_what_running_transfers_use_of_each_channel_is_not_free_until_they_end()
     (agent, order), _ = running.send_orders(60.0)
     running.take_send(sent(order, agent))
     assert airtime_free(fleet(), SETTINGS, [running]).keys() == {"pi-2/up", "jetson-1/down"}
+
+
+def test_a_share_that_rises_later_is_not_free_now() -> None:
+    """By the time that another round's transfers run it may have risen."""
+    running = plan(question(sources=("pi-1",)))
+    (link,) = links(running)
+    rises = replace(link, share_bps=4e6, later_rates=(RateStep(after_s=1.0, rate_bps=1e7),))
+    running.sources = (rises,)
+    assert airtime_free(fleet(), SETTINGS, [running])["pi-1/up"] == pytest.approx(0.5)
 
 
 def test_on_a_channel_that_holds_both_ends_a_transfer_counts_twice() -> None:
