@@ -16,6 +16,7 @@ from coordinator.latency import Decision, Link, Prediction, Scenario, payload_by
 from coordinator.numbers import Flags
 from coordinator.policy.rungs import raise_rungs
 from coordinator.policy.shares import Allocation, Shares
+from coordinator.policy.standing import Standing
 
 Medium = Literal["tokens", "cache", "split"]
 
@@ -100,7 +101,7 @@ class Plan:
 
     within_s is the round's E2E that min-max allocation guarantees; the prediction is never above it. Held as columns:
     requests, links and bound_s are worked out when they are first asked for, by by_request and bound, which are pure.
-    Plans are equal if all of these are.
+    Plans are equal if all of these are. standing: what another plan can be made of.
     """
 
     policy: str
@@ -110,6 +111,7 @@ class Plan:
     known: bool
     by_request: Callable[[], tuple[RequestPlan, ...]] = field(repr=False)
     bound: Callable[[], float | None] = field(repr=False)
+    standing: Standing | None = field(default=None, repr=False)
 
     @cached_property
     def requests(self) -> tuple[RequestPlan, ...]:
@@ -169,7 +171,7 @@ class StagedPolicy:
             return nothing(self.name)
         shares = Shares(scenario)
         chosen = self.choose(shares)
-        return describe(self, raise_rungs(shares, chosen), bound=partial(self.bound_s, shares, chosen))
+        return plan_of(self, Standing.of(chosen, raise_rungs(shares, chosen)))
 
 
 class BinaryPolicy(StagedPolicy):
@@ -201,21 +203,26 @@ def nothing(policy: str) -> Plan:
     )
 
 
-def describe(policy: StagedPolicy, allocation: Allocation, *, bound: Callable[[], float | None] = unbounded) -> Plan:
-    """An allocation as a plan."""
-    table = allocation.table
+def plan_of(policy: StagedPolicy, standing: Standing) -> Plan:
+    """What stands as a plan."""
     return Plan(
         policy=policy.name,
-        predicted_e2e_s=allocation.e2e_s,
-        predicted_question_s=float(table.question_s.max()),
-        within_s=allocation.within_s,
-        known=bool(table.known.all()),
-        by_request=partial(_request_plans, allocation, meets=policy.meets),
-        bound=bound,
+        predicted_e2e_s=float(standing.raised.request_e2e_s.max()),
+        predicted_question_s=float(standing.question_s.max()),
+        within_s=float(standing.raised.within_s.max()),
+        known=bool(standing.known.all()),
+        by_request=partial(_request_plans, standing, meets=policy.meets),
+        bound=partial(_bound_s, policy, standing),
+        standing=standing,
     )
 
 
-def _request_plans(allocation: Allocation, *, meets: bool) -> tuple[RequestPlan, ...]:
+def _bound_s(policy: StagedPolicy, standing: Standing) -> float | None:
+    return policy.bound_s(Shares(standing.scenario, standing.table), standing.allocation(standing.chosen))
+
+
+def _request_plans(standing: Standing, *, meets: bool) -> tuple[RequestPlan, ...]:
+    allocation = standing.allocation(standing.raised)
     scenario, prediction = allocation.table.scenario, allocation.prediction
     by_request: list[list[LinkPlan]] = [[] for _ in scenario.requests]
     known = allocation.table.known.tolist()
