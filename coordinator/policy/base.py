@@ -14,9 +14,10 @@ from typing import Literal, Protocol
 from broker_config.messages import LinkReport, RateStep, Stages
 from coordinator.latency import Decision, Link, Prediction, Scenario, payload_bytes
 from coordinator.numbers import Flags
-from coordinator.policy.conserve import conserve
+from coordinator.policy.conserve import MOST_LINKS, conserve
 from coordinator.policy.rungs import raise_rungs
 from coordinator.policy.shares import Allocation, Shares
+from coordinator.policy.standing import Laid, Standing
 
 Medium = Literal["tokens", "cache", "split"]
 
@@ -101,7 +102,7 @@ class Plan:
 
     within_s is the round's E2E that min-max allocation guarantees; the prediction is never above it. Held as columns:
     requests, links and bound_s are worked out when they are first asked for, by by_request and bound, which are pure.
-    Plans are equal if all of these are.
+    Plans are equal if all of these are. standing: what another plan can be made of.
     """
 
     policy: str
@@ -111,6 +112,7 @@ class Plan:
     known: bool
     by_request: Callable[[], tuple[RequestPlan, ...]] = field(repr=False)
     bound: Callable[[], float | None] = field(repr=False)
+    standing: Standing | None = field(default=None, repr=False)
 
     @cached_property
     def requests(self) -> tuple[RequestPlan, ...]:
@@ -177,8 +179,7 @@ class StagedPolicy:
         shares = Shares(scenario)
         chosen = self.choose(shares)
         raised = raise_rungs(shares, chosen)
-        found = conserve(shares, raised) if self.conserves else raised
-        return describe(self, found, bound=partial(self.bound_s, shares, chosen))
+        return plan_of(self, Standing.of(chosen, raised), shares, raised)
 
 
 class BinaryPolicy(StagedPolicy):
@@ -210,21 +211,32 @@ def nothing(policy: str) -> Plan:
     )
 
 
-def describe(policy: StagedPolicy, allocation: Allocation, *, bound: Callable[[], float | None] = unbounded) -> Plan:
-    """An allocation as a plan."""
-    table = allocation.table
+def plan_of(
+    policy: StagedPolicy, standing: Standing, shares: Shares | None = None, raised: Allocation | None = None
+) -> Plan:
+    """What stands as a plan, idle shares given out. shares, raised: of what stands, where they are at hand."""
+    told = standing.raised
+    if policy.conserves and 1 < len(standing.scenario.links) <= MOST_LINKS:
+        shares = shares or Shares(standing.scenario, standing.table)
+        told = Laid.of(conserve(shares, raised or standing.allocation(standing.raised)))
     return Plan(
         policy=policy.name,
-        predicted_e2e_s=allocation.e2e_s,
-        predicted_question_s=float(table.question_s.max()),
-        within_s=allocation.within_s,
-        known=bool(table.known.all()),
-        by_request=partial(_request_plans, allocation, meets=policy.meets),
-        bound=bound,
+        predicted_e2e_s=float(told.request_e2e_s.max()),
+        predicted_question_s=float(standing.question_s.max()),
+        within_s=float(standing.raised.within_s.max()),
+        known=bool(standing.known.all()),
+        by_request=partial(_request_plans, standing, told, meets=policy.meets),
+        bound=partial(_bound_s, policy, standing),
+        standing=standing,
     )
 
 
-def _request_plans(allocation: Allocation, *, meets: bool) -> tuple[RequestPlan, ...]:
+def _bound_s(policy: StagedPolicy, standing: Standing) -> float | None:
+    return policy.bound_s(Shares(standing.scenario, standing.table), standing.allocation(standing.chosen))
+
+
+def _request_plans(standing: Standing, told: Laid, *, meets: bool) -> tuple[RequestPlan, ...]:
+    allocation = standing.allocation(told)
     scenario, prediction = allocation.table.scenario, allocation.prediction
     by_request: list[list[LinkPlan]] = [[] for _ in scenario.requests]
     known = allocation.table.known.tolist()

@@ -23,12 +23,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from coordinator.latency import Scenario
 from coordinator.numbers import Floats, Ints
-from coordinator.policy.base import StagedPolicy
+from coordinator.policy.base import Plan, StagedPolicy
 from coordinator.policy.bound import lower_bound
 from coordinator.policy.deadlines import weighed
 from coordinator.policy.jmsra import FEW_LINKS, binary_choices
 from coordinator.policy.relaxed import Relaxed
+from coordinator.policy.replanning import replanned
 from coordinator.policy.shares import Allocation, Shares
 from coordinator.table import WHOLE, Table
 
@@ -70,11 +72,22 @@ class OptimumPolicy(StagedPolicy):
             text = shares.allocate(shares.table.tokens)
             if np.all(text.found.request_e2e_s <= np.array(deadlines_s, dtype=np.float64)):
                 return text
-        return weighed(shares, optimum(shares), optimum)
+        return _search(shares)
+
+    def replan(self, scenario: Scenario, before: Plan) -> Plan:
+        """The plan of a scenario that differs in few links from the one planned before; see `replanning`."""
+        due = all(terms.deadline_s for terms in scenario.requests)
+        thoroughly = self.choose if due else _search
+        return replanned(self, scenario, before, _of_many, thoroughly) or self.plan(scenario)
 
     def bound_s(self, shares: Shares, chosen: Allocation) -> float:
         """See `lower_bound`."""
         return lower_bound(shares, chosen)
+
+
+def _search(shares: Shares) -> Allocation:
+    """The earliest, or where that misses deadlines what misses them by least."""
+    return weighed(shares, optimum(shares), optimum)
 
 
 def optimum(shares: Shares) -> Allocation:

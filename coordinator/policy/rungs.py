@@ -60,14 +60,15 @@ def why_no_rung(floor: float, pressure: float, caps: PressureCaps) -> str:
     return f"no rung keeps KL {floor:g}{squeezed}: sent as text"
 
 
-def raise_rungs(shares: Shares, base: Allocation) -> Allocation:
+def raise_rungs(shares: Shares, base: Allocation, round_s: float = 0.0) -> Allocation:
     """The same media on the most faithful rungs that time allows.
 
     A request with a deadline that it meets may take until the deadline; one that misses it takes no longer than now;
     without a deadline all may take `tie_fraction` longer than the round takes now. The links with the largest loss
-    climb first (ties: in the order of the scenario), each as long as its channels hold what it takes more.
+    climb first (ties: in the order of the scenario), each as long as its channels hold what it takes more. round_s:
+    what the round takes of which these links are a part.
     """
-    limits_s = _limits(shares, base)
+    limits_s = _limits(shares, base, round_s)
     ladders, links = shares.table.ladders, np.arange(shares.table.count)
     rungs = base.rungs
     rates = shares.needed(base.own, rungs, limits_s)
@@ -87,11 +88,11 @@ def raise_rungs(shares: Shares, base: Allocation) -> Allocation:
     return shares.allocate_within(base.own, rungs, limits_s) or base
 
 
-def _limits(shares: Shares, base: Allocation) -> Floats:
+def _limits(shares: Shares, base: Allocation, round_s: float) -> Floats:
     """Per link, until when its receiver must have ended all its requests (the earliest limit of them)."""
     scenario, table = shares.scenario, shares.table
     deadlines_s = np.array([terms.deadline_s or np.inf for terms in scenario.requests])
-    tied_s = base.e2e_s * (1 + scenario.tie_fraction)
+    tied_s = max(base.e2e_s, round_s) * (1 + scenario.tie_fraction)
     own_s = np.where(np.isinf(deadlines_s), tied_s, np.maximum(deadlines_s, base.found.request_e2e_s))
     limit_s = np.full(table.receivers.count, np.inf)
     np.minimum.at(limit_s, table.receivers.index, own_s[table.request])

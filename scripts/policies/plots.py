@@ -41,6 +41,7 @@ _STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "rungs": ("raising of rungs", {"color": "#E69F00", "marker": "^"}),
     "bound": ("bound", {"color": "#009E73", "marker": "D"}),
     "plan": ("plan: table, choice, rungs", {"color": _INK, "marker": "v", "linewidth": 2.2}),
+    "again": ("plan again, one link changed", {"color": "#CC79A7", "marker": "P", "linewidth": 2.2}),
     "links": ("links as values", {"color": "#D55E00", "marker": "x"}),
 }
 

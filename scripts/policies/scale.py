@@ -22,7 +22,9 @@ from scripts.policies.scenarios import Network, random_round
 
 SIZES = (100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
 NETWORKS = (Network.OWN, Network.CELL)
-STAGES = ("table", "choice", "rungs", "bound", "plan", "links")
+STAGES = ("table", "choice", "rungs", "bound", "plan", "again", "links")
+LEFT = 2 / 3
+"""Of its rate, to the link that changes."""
 GROWTH = 1.5
 """What takes longer is not measured again: a stage is expected to take its last time × (more links)^GROWTH."""
 
@@ -30,8 +32,9 @@ GROWTH = 1.5
 class Timed(Struct, frozen=True, kw_only=True):
     """Process seconds (median) of each stage at a number of links; None: it would take longer than is allowed.
 
-    plan: `OptimumPolicy.plan`, which is table, choice and rungs; links: what it says of each, as values. These and the
-    bound are worked out only where they are asked for.
+    plan: `OptimumPolicy.plan`, which is table, choice and rungs; again: `OptimumPolicy.replan` of that plan when one
+    link's rate has changed; links: what a plan says of each, as values. These and the bound are worked out only where
+    they are asked for.
     """
 
     network: Network
@@ -80,6 +83,15 @@ def _expected_s(stage: str, links: int, last: Timed | None) -> float:
     return float("inf") if before_s is None else before_s * float((links / last.links) ** GROWTH)
 
 
+def with_slower_link(scenario: Scenario) -> Scenario:
+    """The same when the link in the middle has lost a third of its rate."""
+    index = len(scenario.links) // 2
+    link = scenario.links[index]
+    channels = tuple((name, bps * LEFT) for name, bps in link.channels)
+    slower = replace(link, link_bps=link.link_bps * LEFT, channels=channels)
+    return replace(scenario, links=(*scenario.links[:index], slower, *scenario.links[index + 1 :]))
+
+
 def _stages(scenario: Scenario, allowed: dict[str, bool]) -> dict[str, float]:
     """Process seconds of the stages that are allowed; each needs what comes before it."""
     policy, seconds = OptimumPolicy(), {}
@@ -100,6 +112,9 @@ def _stages(scenario: Scenario, allowed: dict[str, bool]) -> dict[str, float]:
                 timed("bound", lambda: lower_bound(shares, chosen))
     if allowed["plan"]:
         plan = timed("plan", lambda: policy.plan(scenario))
+        if allowed["again"]:
+            slower = with_slower_link(scenario)
+            timed("again", lambda: policy.replan(slower, plan))
         if allowed["links"]:
             timed("links", lambda: plan.links)
     return seconds

@@ -205,9 +205,19 @@ def test_every_stage_is_timed_and_what_would_take_too_long_is_left_out() -> None
     for each in quick:
         assert set(each.seconds) == set(scale.STAGES)
         assert all(value is not None and value > 0 for value in each.seconds.values())
+    assert " plan | again | links |" in "\n".join(tables.scale_lines(quick))
     slow = scale.scale((20, 10_000), 1, 1e-3, heard)
-    assert slow[1].seconds["plan"] is None
+    assert slow[1].seconds["plan"] is slow[1].seconds["again"] is None
     assert "| - |" in "\n".join(tables.scale_lines(slow))
+
+
+@pytest.mark.parametrize("network", scale.NETWORKS)
+def test_of_the_round_planned_again_one_link_has_lost_a_third_of_its_rate(network: Network) -> None:
+    before = random_round(3, network, 40)
+    after = scale.with_slower_link(before)
+    changed = [pair for pair in zip(before.links, after.links, strict=True) if pair[0] != pair[1]]
+    assert [slower.link_bps / link.link_bps for link, slower in changed] == [pytest.approx(2 / 3)]
+    assert [name for name, _ in changed[0][0].channels] == [name for name, _ in changed[0][1].channels]
 
 
 def test_every_figure_names_its_axes(tmp_path: Path, texts: list[str], found: findings.Findings) -> None:
