@@ -13,8 +13,11 @@ import numpy as np
 
 from broker_config.messages import ModelInfo, Rung
 from coordinator.errors import RequestImpossible
-from coordinator.numbers import Floats
-from coordinator.policy.shares import Allocation, Shares
+from coordinator.numbers import Floats, Ints
+from coordinator.policy.shares import ROUNDING, Allocation, Shares
+
+SLIGHTLY = 1e-4
+"""By so much what min-max shares allow may end later by the evaluator, as it does without any raising."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def raise_rungs(shares: Shares, base: Allocation, round_s: float = 0.0) -> Alloc
     """
     limits_s = _limits(shares, base, round_s)
     ladders, links = shares.table.ladders, np.arange(shares.table.count)
-    rungs = base.rungs
+    rungs, steps = base.rungs, []
     rates = shares.needed(base.own, rungs, limits_s)
     climbing = base.carries & (rungs < ladders.top)
     while climbing.any():
@@ -83,9 +86,30 @@ def raise_rungs(shares: Shares, base: Allocation, round_s: float = 0.0) -> Alloc
         fit, alone = fit & held, alone & held_alone
         rungs, rates = np.where(fit, raised, rungs), np.where(fit, wanted, rates)
         climbing &= (~lossiest | alone) & (rungs < ladders.top)
-    if np.array_equal(rungs, base.rungs):
-        return base
-    return shares.allocate_within(base.own, rungs, limits_s) or base
+        if fit.any():
+            steps.append(rungs)
+    return _highest(shares, base, steps, limits_s)
+
+
+def _highest(shares: Shares, base: Allocation, steps: list[Ints], limits_s: Floats) -> Allocation:
+    """The last of these steps for which there are rates: what a link takes more, others of its receiver may pay for.
+
+    And whose end the evaluator sees within the limits, too.
+    """
+    table = shares.table
+    by_request_s = np.full(len(base.found.request_e2e_s), np.inf)
+    np.minimum.at(by_request_s, table.request, limits_s)
+    found, low, high, at = base, 0, len(steps), len(steps) - 1
+    while low < high:
+        rates = shares.needed(base.own, steps[at], limits_s)
+        fits = bool(np.isfinite(rates).all()) and bool(np.all(table.used(rates) <= table.free * (1 + ROUNDING)))
+        held = shares.allocate_within(base.own, steps[at], limits_s) if fits else None
+        if held is not None and np.all(held.found.request_e2e_s <= by_request_s * (1 + SLIGHTLY)):
+            found, low = held, at + 1
+        else:
+            high = at
+        at = (low + high) // 2
+    return found
 
 
 def _limits(shares: Shares, base: Allocation, round_s: float) -> Floats:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +15,8 @@ from broker_config.messages import LinkReport, Rung
 from coordinator.errors import PolicyUnknown, RequestImpossible
 from coordinator.latency import Scenario
 from coordinator.policy import POLICIES, PressureCaps, get_policy
-from coordinator.policy.rungs import allowed_rungs, named_rung, why_no_rung
+from coordinator.policy.optimum import optimum
+from coordinator.policy.rungs import allowed_rungs, named_rung, raise_rungs, why_no_rung
 from coordinator.policy.shares import Shares
 from tests.coordinator.builders import CAPS, LADDER, make_link, random_scenario, scenario_of
 
@@ -192,3 +194,13 @@ def test_requests_planned_together_share_the_channels() -> None:
     assert both.predicted_e2e_s > 1.5 * alone.predicted_e2e_s
     assert sum(link.share_bps for link in both.links) == pytest.approx(2e7)
     assert len(both.requests) == 2
+
+
+def test_rungs_of_many_links_climb_as_far_as_there_are_rates_for_them() -> None:
+    """What one link takes more, others of its receiver pay for: the last steps may be too much, the first are not."""
+    scenario = replace(random_scenario(1, links=200, receivers=20), slice_tokens=64, tie_fraction=0.03)
+    shares = Shares(scenario)
+    chosen = optimum(shares)
+    raised = raise_rungs(shares, chosen)
+    assert np.any(raised.rungs > chosen.rungs)
+    assert np.all(shares.table.used(raised.course.rates[:, 0]) <= shares.table.free * (1 + 1e-9))
