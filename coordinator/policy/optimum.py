@@ -102,9 +102,35 @@ def optimum(shares: Shares) -> Allocation:
     for rungs in starting_rungs(shares):
         drawn = draw(shares, rungs, early_s, LATER)
         starts.append(shares.allocate(drawn[shares.ends(shares.rows(drawn, rungs)).argmin()], rungs))
+    if len(starts) > 2 and shares.table.count > 1:
+        starts.append(_mixed(shares, *starts[1:]))
     starts.sort(key=lambda start: start.e2e_s)
     most = IMPROVED if shares.table.slice_tokens == WHOLE else 1
     return earliest([improved(shares, start) for start in starts[:most]])
+
+
+def _mixed(shares: Shares, tightest: Allocation, fastest: Allocation) -> Allocation:
+    """The best of some links on the one's rungs and the others on the other's, with the splits of either.
+
+    Links take the faster rung in the order of what it saves of coding for what it weighs more.
+    """
+    table = shares.table
+    (bits, *codes), (more_bits, *fewer) = shares.coded(tightest.rungs), shares.coded(fastest.rungs)
+    saved_s = sum(code - few for code, few in zip(codes, fewer, strict=True))
+    way_s = np.where(np.isfinite(table.most_bps), (more_bits - bits) / table.most_bps, 0.0)
+    named = shares.named_order
+    worth = np.divide(saved_s, way_s, out=np.zeros(table.count), where=way_s > 0)
+    order = named[np.argsort(-worth[named], kind="stable")]
+    rank = np.empty(table.count, dtype=np.intp)
+    rank[order] = np.arange(table.count)
+    fast = rank < np.arange(1, table.count)[:, None]
+    own = [
+        np.where(fast, fastest.own, tightest.own),
+        *(np.broadcast_to(each.own, fast.shape) for each in (tightest, fastest)),
+    ]
+    rows = np.concatenate(own), np.tile(np.where(fast, fastest.rungs, tightest.rungs), (len(own), 1))
+    best = shares.ends(shares.rows(*rows)).argmin()
+    return shares.allocate(rows[0][best], rows[1][best])
 
 
 def starting_rungs(shares: Shares) -> list[Ints]:

@@ -14,6 +14,7 @@ import pytest
 
 from broker_config.messages import DEFAULT_QUALITY_FLOOR
 from coordinator.policy import get_policy
+from coordinator.policy.optimum import optimum
 from coordinator.policy.shares import Shares
 from scripts.policies import findings, plots, regions, scale, simulation, tables
 from scripts.policies.compare import MOST_EXHAUSTED, compare
@@ -314,3 +315,9 @@ def test_ratios_need_all_media_vectors() -> None:
     )
     with pytest.raises(ValueError, match="too many links"):
         simulation.ratios([unknown], "streaming", "whole")
+
+
+def test_a_faster_cell_ends_the_round_earlier_where_the_rungs_of_links_change_with_it() -> None:
+    """From 80 Mbit/s on one link after another goes at the rung that codes fastest."""
+    ends_s = [optimum(Shares(findings.senders(cell_bps=mbps * 1e6))).e2e_s for mbps in (60, 80, 100, 126, 160, 200)]
+    assert all(later < earlier for earlier, later in pairwise(ends_s))
