@@ -12,7 +12,7 @@ from edge_agent.facts.fact import VALUED, Fact, cut
 
 MAX_WORDS = 8
 
-_WORD = re.compile(r"\w{1,64}+(?:['’&.-]\w{1,64}+)*+")
+_WORD = re.compile(r"\w{1,64}+(?:['’&.-]\w{1,64}+)*")
 # Between two capitalised words of one name there is a blank, after an initial or a title also a full stop.
 _INSIDE = re.compile(r"[ ]|\.[ ]|[ ]&[ ]")
 _BRACKETS = " \"'“”‘’()[]*#-–—"
