@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -61,6 +62,7 @@ class Ladders:
         bits = self._elements * self._bits[self._of_link, places]
         return bits, encode, self._elements * self._decode_s[links, family]
 
+    @cached_property
     def worthwhile(self) -> Ints:
         """(C, K): of each link the places than which no tighter one codes as fast, from the tightest on.
 

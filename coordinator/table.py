@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from broker_config.messages import Rung
 from coordinator.columns import Columns, columns_of
 from coordinator.ladders import Ladders
-from coordinator.latency import Scenario
+from coordinator.latency import RequestTerms, Scenario
 from coordinator.numbers import Flags, Floats, Ints, begins, column, numbered
 
 NEWTON_STEPS = 16
@@ -71,6 +71,12 @@ class Groups:
         """Of values sorted by group, the sums up to each that begin anew with each group, (N,)."""
         upto = np.cumsum(values)
         return upto if self.count == 1 else upto - (upto - values)[self._sorted_starts]
+
+    def least(self, values: Floats) -> Floats:
+        """The least value of each group, (groups,); infinite for one of nothing."""
+        found = np.full(self.count, np.inf)
+        np.minimum.at(found, self.index, values)
+        return found
 
     def sums(self, values: NDArray[np.floating[Any]]) -> Floats:
         """The sum of each group: (..., K) to (..., groups)."""
@@ -159,9 +165,8 @@ class Table:
         requests = self.scenario.requests
         self.senders = Groups.of(columns.sender)
         self.receivers = Groups.of(columns.receiver)
-        self.room_bits = np.full(self.receivers.count, np.inf)
+        self.room_bits = self.receivers.least(8 * columns.receiver_room_bytes)
         """What each receiver can hold of caches on their way."""
-        np.minimum.at(self.room_bits, self.receivers.index, 8 * columns.receiver_room_bytes)
         self.roomy = bool(np.all(self.room_bits == np.inf))
         first = np.full(len(requests), -1, dtype=np.intp)
         first[self.request[::-1]] = np.arange(self.count)[::-1]
@@ -194,7 +199,7 @@ class Table:
         self.questions_s, asked = self.question_s, self.asked
         if len(asked) == self.receivers.count:
             return
-        deadlines_s = column([self.scenario.requests[index].deadline_s or np.inf for index in asked])
+        deadlines_s = self.deadlines_s[asked]
         order = np.lexsort((asked, deadlines_s, receivers))
         asked, starts = asked[order], np.flatnonzero(begins(receivers[order]))
         start = np.repeat(starts, np.diff(starts, append=len(asked)))
@@ -253,6 +258,11 @@ class Table:
         self.free = column([free.get(name, 1.0) for name in self.channel_names])
 
     @cached_property
+    def deadlines_s(self) -> Floats:
+        """Of each request, see `deadlines_of`."""
+        return deadlines_of(self.scenario.requests)
+
+    @cached_property
     def shared(self) -> Flags:
         """Channels that more than one link passes."""
         return np.asarray(np.bincount(self.pair_channel, minlength=len(self.free)) > 1)
@@ -275,11 +285,7 @@ class Table:
 
     def used(self, rates: Floats) -> Floats:
         """The share of each channel that these rates take: (..., K) to (..., channels)."""
-        return self.used_by_pairs(rates[..., self.pair_link])
-
-    def used_by_pairs(self, rates: Floats) -> Floats:
-        """The same of rates by pair, (..., pairs)."""
-        return self.by_channel(self.shares_of_pairs(rates))
+        return self.by_channel(self.shares_of_pairs(rates[..., self.pair_link]))
 
     def by_channel(self, by_pair: Floats) -> Floats:
         """Sums over the pairs of each channel, (..., pairs) to (..., channels)."""
@@ -358,6 +364,11 @@ class Table:
         """Tokens whose entries travel in whole slices when the receiver prefills the first own ones, (..., K)."""
         begin = own if self.slice_tokens == WHOLE else own // self.slice_tokens * self.slice_tokens
         return np.where(own < self.tokens, self.tokens - begin, 0.0)
+
+
+def deadlines_of(requests: Sequence[RequestTerms]) -> Floats:
+    """(R,) seconds; infinite for a request without a deadline."""
+    return column([terms.deadline_s or np.inf for terms in requests])
 
 
 def band_shares(alone: Floats, snr: Floats) -> Floats:

@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 from broker_config.messages import LinkReport, RateStep, Stages
 from coordinator.latency import Decision, Link, Prediction, Scenario, payload_bytes
 from coordinator.numbers import Flags
-from coordinator.policy.conserve import MOST_LINKS, conserve
+from coordinator.policy.conserve import conserve, in_steps
 from coordinator.policy.rungs import raise_rungs
 from coordinator.policy.shares import Allocation, Shares
 from coordinator.policy.standing import Laid, Standing
@@ -216,7 +216,7 @@ def plan_of(
 ) -> Plan:
     """What stands as a plan, idle shares given out. shares, raised: of what stands, where they are at hand."""
     told = standing.raised
-    if policy.conserves and 1 < len(standing.scenario.links) <= MOST_LINKS:
+    if policy.conserves and in_steps(len(standing.scenario.links)):
         shares = shares or Shares(standing.scenario, standing.table)
         told = Laid.of(conserve(shares, raised or standing.allocation(standing.raised)))
     return Plan(

@@ -42,13 +42,18 @@ SENT = 1e-9
 def conserve(shares: Shares, constant: Allocation, *, least_gain: float = LEAST_GAIN) -> Allocation:
     """The same splits on the same rungs, no request later; with constant rates if the round gains less than that."""
     wanted_s = constant.e2e_s * (1 - least_gain)
-    if not 1 < shares.table.count <= MOST_LINKS or _alone_s(shares, constant) >= wanted_s:
+    if not in_steps(shares.table.count) or _alone_s(shares, constant) >= wanted_s:
         return constant
     found = [_timed(shares, constant, ways) for ways in _ways(shares, constant)]
     limits_s = constant.found.request_e2e_s * (1 + ROUNDING)
     held = [each for each in found if np.all(each.found.request_e2e_s <= limits_s)]
     best = min(held, key=lambda each: each.e2e_s, default=constant)
     return best if best.e2e_s < wanted_s else constant
+
+
+def in_steps(links: int) -> bool:
+    """Whether rates of so many links may change."""
+    return 1 < links <= MOST_LINKS
 
 
 def _alone_s(shares: Shares, constant: Allocation) -> float:

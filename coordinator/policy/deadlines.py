@@ -26,7 +26,7 @@ def weighed(shares: Shares, best: Allocation, search: Callable[[Shares], Allocat
     whichever misses deadlines by least.
     """
     scenario = shares.scenario
-    deadlines_s = np.array([terms.deadline_s or np.inf for terms in scenario.requests])
+    deadlines_s = shares.table.deadlines_s
     if len(set(deadlines_s.tolist())) == 1 or np.all(best.found.request_e2e_s <= deadlines_s):
         return best
     latest_s = max(float(deadlines_s[np.isfinite(deadlines_s)].max()), PATIENCE * best.e2e_s)

@@ -67,10 +67,10 @@ class OptimumPolicy(StagedPolicy):
 
         Of several deadlines those that are missed by most count first.
         """
-        deadlines_s = [terms.deadline_s for terms in shares.scenario.requests]
-        if None not in deadlines_s:
+        deadlines_s = shares.table.deadlines_s
+        if np.isfinite(deadlines_s).all():
             text = shares.allocate(shares.table.tokens)
-            if np.all(text.found.request_e2e_s <= np.array(deadlines_s, dtype=np.float64)):
+            if np.all(text.found.request_e2e_s <= deadlines_s):
                 return text
         return _search(shares)
 
@@ -101,7 +101,7 @@ def optimum(shares: Shares) -> Allocation:
     early_s = starts[0].within_s
     for rungs in starting_rungs(shares):
         drawn = draw(shares, rungs, early_s, LATER)
-        starts.append(shares.allocate(drawn[shares.ends(shares.rows(drawn, rungs)).argmin()], rungs))
+        starts.append(soonest(shares, drawn, np.broadcast_to(rungs, drawn.shape)))
     if len(starts) > 2 and shares.table.count > 1:
         starts.append(_mixed(shares, *starts[1:]))
     starts.sort(key=lambda start: start.e2e_s)
@@ -128,15 +128,13 @@ def _mixed(shares: Shares, tightest: Allocation, fastest: Allocation) -> Allocat
         np.where(fast, fastest.own, tightest.own),
         *(np.broadcast_to(each.own, fast.shape) for each in (tightest, fastest)),
     ]
-    rows = np.concatenate(own), np.tile(np.where(fast, fastest.rungs, tightest.rungs), (len(own), 1))
-    best = shares.ends(shares.rows(*rows)).argmin()
-    return shares.allocate(rows[0][best], rows[1][best])
+    return soonest(shares, np.concatenate(own), np.tile(np.where(fast, fastest.rungs, tightest.rungs), (len(own), 1)))
 
 
 def starting_rungs(shares: Shares) -> list[Ints]:
     """The tightest rungs, and those of each link that code fastest."""
     table = shares.table
-    places = table.ladders.worthwhile()
+    places = table.ladders.worthwhile
     _, encode_s, decode_s = shares.coded(places)
     fastest = np.take_along_axis(places, (encode_s + decode_s).argmin(axis=0)[None], axis=0)[0]
     return [shares.tightest()] if np.array_equal(fastest, places[0]) else [places[0], fastest]
@@ -161,7 +159,7 @@ def every(shares: Shares, most: int) -> tuple[Floats, Ints] | None:
     counts = np.where(table.may_cache, np.ceil(table.tokens / table.slice_tokens), 0.0)
     if np.log(counts + 1).sum() > np.log(most / table.count):
         return None
-    worth = table.ladders.worthwhile()
+    worth = table.ladders.worthwhile
     options: list[tuple[Floats, Ints]] = []
     for link, count in enumerate(counts.astype(int).tolist()):
         places = np.unique(worth[:, link]) if count else worth[:0, link]
@@ -189,9 +187,13 @@ def _of_many(shares: Shares) -> Allocation:
         drawn = _drawn(shares, relaxed, least_s, LATER_OF_MANY)
         own += [drawn, shares.own_of(drawn[:1] * 2 < shares.table.tokens)]
         rungs += [np.broadcast_to(places, (len(each), len(places))) for each in own[-2:]]
-    rows = np.concatenate(own), np.concatenate(rungs)
-    best = shares.ends(shares.rows(*rows)).argmin()
-    return shares.allocate(rows[0][best], rows[1][best])
+    return soonest(shares, np.concatenate(own), np.concatenate(rungs))
+
+
+def soonest(shares: Shares, own: Floats, rungs: Ints) -> Allocation:
+    """Of these choices, (M, K) each, the first of least min-max T."""
+    best = shares.ends(shares.rows(own, rungs)).argmin()
+    return shares.allocate(own[best], rungs[best])
 
 
 def earliest(allocations: list[Allocation]) -> Allocation:
@@ -252,7 +254,7 @@ def improved(shares: Shares, best: Allocation) -> Allocation:
 def _moved(shares: Shares, own: Floats, rungs: Ints, steps: Sequence[float]) -> tuple[Floats, Ints]:
     """Every link's split moved by any step or to an end, on each of its rungs: own tokens and rungs, (M, K) each."""
     table = shares.table
-    worth = table.ladders.worthwhile()
+    worth = table.ladders.worthwhile
     either = [*steps, *(-step for step in steps)]
     moves: list[Floats] = [own[None, :]]
     places: list[Ints] = [rungs[None, :]]

@@ -1,4 +1,4 @@
-"""Shares of the channels for given splits: min-max E2E by bisection (methods, section 2; design, "Links and channels").
+"""Shares of the channels for given splits: min-max E2E (methods, section 2; design, "Links and channels").
 
 For a choice of how many tokens each receiver prefills itself, a round can end by T iff each link's bits arrive early
 enough. That is up to five demands on a link's rate, each of so many bits between some moment and T:
@@ -75,7 +75,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class _Timing:
+class Timing:
     """What of M choices doesn't depend on how much a token weighs. offset_s: (5, M, K); sent, first: (M, K) tokens."""
 
     offset_s: Floats
@@ -145,8 +145,6 @@ class Shares:
         self.scenario = scenario
         self.table = table or Table(scenario)
         self._coded: dict[bytes, tuple[Floats, Floats, Floats]] = {}
-        self._timed: tuple[Floats, _Timing] | None = None
-        self._read: tuple[Floats, tuple[Floats, Floats]] | None = None
         self._tightest = np.zeros(self.table.count, dtype=np.intp)
 
     @property
@@ -214,9 +212,12 @@ class Shares:
     def rows(self, own: Floats, rungs: Ints) -> Rows:
         """Bits and offsets of these choices, own (M, K)."""
         token_bits, encode_token_s, decode_token_s = self.coded(rungs)
-        return self._timing(own, encode_token_s, decode_token_s).rows(self.table, token_bits)
+        return self.timing(own, encode_token_s, decode_token_s, self.texts(own)).rows(self.table, token_bits)
 
-    def _timing(self, own: Floats, encode_token_s: Floats, decode_token_s: Floats) -> _Timing:
+    def timing(
+        self, own: Floats, encode_token_s: Floats, decode_token_s: Floats, texts: tuple[Floats, Floats]
+    ) -> Timing:
+        """When which slices are made, and what follows them. texts: of the same splits."""
         table = self.table
         sent, first, _, _, begin_s, made_s = table.making(own, encode_token_s)
         carries, decode_s = sent > 0, decode_token_s * sent
@@ -228,26 +229,23 @@ class Shares:
         moments = (begin_s + slices_s, table.order_s + slices_s, made_s + slices_s, begin_s + decodes_s)
         for demand, moment_s in enumerate(moments):
             offset_s[demand] = np.where(carries, moment_s, 0.0) + back_s
-        text_s, last_text_s = self._texts(own)
+        text_s, last_text_s = texts
         offset_s[-1] = np.maximum(text_s + self._of_receiver(decode_s), last_text_s) + back_s
-        return _Timing(offset_s, sent, first)
+        return Timing(offset_s, sent, first)
 
-    def _texts(self, own: Floats) -> tuple[Floats, Floats]:
+    def texts(self, own: Floats) -> tuple[Floats, Floats]:
         """What prefills take from each link's ids on, and the last part of a text, from its readiness on: (M, K)."""
-        if self._read is None or self._read[0] is not own:
-            table, at_once = self.table, self.table.text_at_once(own)
-            prefill_s = table.prefill_s(own)
-            text_s = np.broadcast_to(table.order_s + table.text_token_s * own * (1 - at_once), own.shape)
-            works_s = text_s + self._behind(prefill_s, self._ids_order(text_s, own < table.tokens, prefill_s))
-            ready_s = table.order_s + table.text_token_s * own
-            self._read = own, (works_s, np.where(own > 0, ready_s + prefill_s * at_once, 0.0))
-        return self._read[1]
+        table, at_once = self.table, self.table.text_at_once(own)
+        prefill_s = table.prefill_s(own)
+        text_s = np.broadcast_to(table.order_s + table.text_token_s * own * (1 - at_once), own.shape)
+        works_s = text_s + self._behind(prefill_s, self._ids_order(text_s, own < table.tokens, prefill_s))
+        ready_s = table.order_s + table.text_token_s * own
+        return works_s, np.where(own > 0, ready_s + prefill_s * at_once, 0.0)
 
     def _of_receiver(self, work_s: Floats) -> Floats:
         """For each link what its receiver has of all its links."""
-        return (
-            work_s if self.table.receivers.alone else self.table.receivers.sums(work_s)[..., self.table.receivers.index]
-        )
+        receivers = self.table.receivers
+        return work_s if receivers.alone else receivers.sums(work_s)[..., receivers.index]
 
     def _order(self, moment_s: Floats) -> Ints:
         """Links by receiver, of one receiver as something comes to it, of what comes at once the longest first."""
@@ -369,20 +367,6 @@ class Shares:
         course = Course(own, *self.coded(rungs), rates[:, None])
         timed = timeline(self.table, course)
         return Allocation(self.table, own, rungs, course, max(found[1], timed.e2e_s), float(rows.sent_bits[0]), timed)
-
-    def needed(self, own: Floats, rungs: Ints, limits_s: Floats) -> Floats:
-        """The least rates (K,) that end each link by its limit; infinite where none does."""
-        token_bits, encode_token_s, decode_token_s = self.coded(rungs)
-        coding = np.concatenate([own, encode_token_s, decode_token_s])
-        if self._timed is None or not np.array_equal(self._timed[0], coding):
-            row = (
-                self._read[0]
-                if self._read is not None and np.array_equal(self._read[0], own[None, :])
-                else own[None, :]
-            )
-            self._timed = coding, self._timing(row, encode_token_s, decode_token_s)
-        rates, late = self._timed[1].rows(self.table, token_bits).needed(limits_s)
-        return np.where(late[0], np.inf, rates[0])
 
     def affordable(self, rates: Floats, wanted: Floats, who: Flags) -> tuple[Flags, Flags]:
         """Which of `who` may go from these rates to those they want, (K,): all together in their order, each alone."""

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from coordinator.latency import RequestTerms, Scenario
+from coordinator.latency import Scenario
 from coordinator.numbers import Flags, Floats, Ints
 from coordinator.policy.shares import Allocation, Shares
-from coordinator.table import Table
+from coordinator.table import Table, deadlines_of
 from coordinator.timeline import Course, Timeline
 
 _DECIDED = ("own", "token_bits", "encode_s", "decode_s", "rates")
@@ -106,7 +106,7 @@ class Standing:
         """Of a scenario that was planned as one."""
         table = chosen.table
         requests = table.scenario.requests
-        in_time = np.all(chosen.found.request_e2e_s <= deadlines_of(requests))
+        in_time = np.all(chosen.found.request_e2e_s <= table.deadlines_s)
         return cls(
             scenario=table.scenario,
             request=table.request,
@@ -140,11 +140,6 @@ class Standing:
         sent_bits = Shares(self.scenario, self.table).rows(laid.own[None, :], laid.rungs).sent_bits
         within_s = float(laid.within_s.max())
         return Allocation(self.table, laid.own, laid.rungs, laid.course, within_s, float(sent_bits[0]), laid.found)
-
-
-def deadlines_of(requests: Sequence[RequestTerms]) -> Floats:
-    """(R,) seconds; infinite for a request without a deadline."""
-    return np.array([terms.deadline_s or np.inf for terms in requests])
 
 
 def parts(table: Table) -> Ints:

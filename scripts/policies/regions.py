@@ -107,7 +107,7 @@ def chosen(scenario: Scenario) -> tuple[Medium, float]:
     shares = Shares(scenario)
     best = OptimumPolicy().choose(shares)
     own, tokens = float(best.own[0]), float(shares.table.tokens[0])
-    caches = [shares.allocate(np.zeros(1), places) for places in shares.table.ladders.worthwhile()]
+    caches = [shares.allocate(np.zeros(1), places) for places in shares.table.ladders.worthwhile]
     binary_s = min(each.e2e_s for each in (shares.allocate(shares.table.tokens), *caches))
     medium: Medium = "tokens" if own >= tokens else "cache" if own == 0 else "split"
     return medium, binary_s / best.e2e_s - 1

@@ -147,14 +147,20 @@ def first_s(plan: Plan) -> float:
     return float(plan.standing.chosen.request_e2e_s.max())
 
 
+def both(before: Scenario, after: Scenario) -> tuple[Plan, Plan]:
+    """Made of the plan before, executable, and made anew."""
+    mine = POLICY.replan(after, POLICY.plan(before))
+    check_executable(after, mine)
+    return mine, POLICY.plan(after)
+
+
 @pytest.mark.parametrize("kind", sorted(KINDS))
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("seed", range(6))
 def test_it_is_no_later_than_a_plan_made_anew_by_more_than_a_tie(seed: int, count: int, kind: str) -> None:
     before = wild_parts(seed)
     after = with_changed(before, seed, kind, count)
-    mine, anew = POLICY.replan(after, POLICY.plan(before)), POLICY.plan(after)
-    check_executable(after, mine)
+    mine, anew = both(before, after)
     check_of_the_whole(after, mine)
     assert first_s(mine) <= first_s(anew) * (1 + LOCALLY)
     assert mine.predicted_e2e_s <= anew.predicted_e2e_s * (1 + after.tie_fraction) * (1 + SEARCH)
@@ -164,8 +170,7 @@ def test_it_is_no_later_than_a_plan_made_anew_by_more_than_a_tie(seed: int, coun
 def test_nor_where_channels_are_shared_in_frequency(seed: int) -> None:
     before = wild_parts(seed, fdma=True)
     after = with_changed(before, seed, random.Random(seed).choice(sorted(KINDS)), 1)
-    mine, anew = POLICY.replan(after, POLICY.plan(before)), POLICY.plan(after)
-    check_executable(after, mine)
+    mine, anew = both(before, after)
     assert first_s(mine) <= first_s(anew) * (1 + LOCALLY)
 
 
@@ -175,8 +180,7 @@ def test_nor_where_channels_are_shared_in_frequency(seed: int) -> None:
 def test_nor_in_a_round_of_many_links(seed: int, count: int, kind: str) -> None:
     before = many_parts(seed)
     after = with_changed(before, seed, kind, count)
-    mine, anew = POLICY.replan(after, POLICY.plan(before)), POLICY.plan(after)
-    check_executable(after, mine)
+    mine, anew = both(before, after)
     assert first_s(mine) <= first_s(anew) * MANY
     assert mine.predicted_e2e_s <= anew.predicted_e2e_s * (1 + after.tie_fraction) * MANY
 
@@ -198,8 +202,7 @@ def test_nor_after_many_changes_one_behind_the_other(seed: int) -> None:
 def test_no_deadline_is_missed_by_more_than_in_a_plan_made_anew(seed: int) -> None:
     before = wild_parts(seed, deadlines=True)
     after = with_changed(before, seed, random.Random(seed).choice(sorted(KINDS)), 1)
-    mine, anew = POLICY.replan(after, POLICY.plan(before)), POLICY.plan(after)
-    check_executable(after, mine)
+    mine, anew = both(before, after)
     latest_s = max(request.late_s for request in anew.requests)
     assert max(request.late_s for request in mine.requests) <= latest_s * (1 + SEARCH) + EQUAL
 
@@ -212,8 +215,7 @@ def test_it_is_no_later_where_less_is_free_of_a_channel(seed: int) -> None:
         pytest.skip("nothing was measured")
     name = random.Random(seed).choice(used)
     after = replace(before, airtime_free={**before.airtime_free, name: 0.3})
-    mine, anew = POLICY.replan(after, POLICY.plan(before)), POLICY.plan(after)
-    check_executable(after, mine)
+    mine, anew = both(before, after)
     assert first_s(mine) <= first_s(anew) * (1 + LOCALLY)
 
 
