@@ -25,15 +25,20 @@ class Ladders:
     def __init__(self, links: Sequence[Link], columns: Columns | None = None) -> None:
         columns = columns or columns_of(links)
         self._set_rungs(columns.rungs)
-        self._elements = columns.elements_per_token
         encodes, decodes = columns.all_speeds.coding_s(self._family_names)
-        self._encode_s, self._decode_s = encodes[columns.sender_speed], decodes[columns.receiver_speed]
-        coded = set(columns.kept) - {None, EXACT_RUNG}
-        self._kept = [
-            (index, self._out_of_kept(index, link))
-            for index, link in enumerate(links)
-            if coded and link.cached and link.kept in coded
-        ]
+        families, elements = self._families[self._of_link], columns.elements_per_token[:, None]
+        self._terms = np.empty((3, *families.shape))
+        np.multiply(elements, self._bits[self._of_link], out=self._terms[0])
+        for terms, of_speed, speed in (
+            (self._terms[1], encodes, columns.sender_speed),
+            (self._terms[2], decodes, columns.receiver_speed),
+        ):
+            np.multiply(elements, of_speed[speed[:, None], families], out=terms)
+        if set(columns.kept) - {None, EXACT_RUNG}:
+            for index, link in enumerate(links):
+                if link.cached and link.kept not in {None, EXACT_RUNG}:
+                    self._terms[1, index] = self._out_of_kept(index, link)
+        self._starts = np.arange(len(links)) * families.shape[1]
 
     def _set_rungs(self, by_link: Sequence[tuple[Rung, ...]]) -> None:
         which, tuples = numbered(list(map(id, by_link)), by_link)
@@ -54,13 +59,8 @@ class Ladders:
 
     def coded(self, places: Ints) -> tuple[Floats, Floats, Floats]:
         """(bits, encoding seconds, decoding seconds) of a token's entries, of the shape of places, (..., K)."""
-        links = np.arange(places.shape[-1])
-        family = self._families[self._of_link, places]
-        encode = self._elements * self._encode_s[links, family]
-        for index, takes_s in self._kept:
-            encode[..., index] = takes_s[places[..., index]]
-        bits = self._elements * self._bits[self._of_link, places]
-        return bits, encode, self._elements * self._decode_s[links, family]
+        bits, encode, decode = np.take(self._terms.reshape(3, -1), self._starts + places, axis=1)
+        return bits, encode, decode
 
     @cached_property
     def worthwhile(self) -> Ints:
@@ -68,9 +68,9 @@ class Ladders:
 
         Links with fewer of them than others have the tightest several times.
         """
-        width = int(self.top.max(initial=0)) + 1
+        _, encode, decode = self._terms.transpose(0, 2, 1)
+        width = encode.shape[0]
         every = np.arange(width)[:, None]
-        _, encode, decode = self.coded(np.minimum(every, self.top))
         as_fast = (encode[:, None] <= encode) & (decode[:, None] <= decode)
         tighter = np.tri(width, k=-1, dtype=bool).T[:, :, None]
         worth = ~(as_fast & tighter).any(axis=0) & (every <= self.top)

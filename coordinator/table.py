@@ -6,17 +6,17 @@ add. Channels are kept as pairs of a link and a channel, since few links pass th
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import chain
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from broker_config.messages import Rung
 from coordinator.columns import Columns, columns_of
+from coordinator.groups import Groups
 from coordinator.ladders import Ladders
 from coordinator.latency import RequestTerms, Scenario
 from coordinator.numbers import Flags, Floats, Ints, begins, column, numbered
@@ -26,81 +26,6 @@ WHOLE = 1 << 30
 """Tokens of a slice that holds any context: nothing is streamed."""
 
 _question_tokens = attrgetter("question_tokens")
-
-
-class Groups:
-    """N things by what they have in common. index: (N,) which group each is in; the groups are numbered from 0."""
-
-    def __init__(self, index: Ints, count: int) -> None:
-        self.index, self.count = index, count
-        self.alone = count == len(index)
-        """Whether nobody shares a group."""
-
-    @classmethod
-    def of(cls, keys: Sequence[Hashable]) -> Groups:
-        """By key."""
-        index, distinct = numbered(keys, keys)
-        return cls(index, len(distinct))
-
-    @cached_property
-    def sizes(self) -> Ints:
-        """How many each group has."""
-        return np.bincount(self.index, minlength=self.count)
-
-    @cached_property
-    def starts(self) -> Ints:
-        """Where each group begins when things are sorted by group."""
-        return np.cumsum(self.sizes) - self.sizes
-
-    @cached_property
-    def _sorted_starts(self) -> Ints:
-        """Of things sorted by group, where the group of each begins."""
-        return np.repeat(self.starts, self.sizes)
-
-    @cached_property
-    def _short(self) -> NDArray[np.unsignedinteger[Any]]:
-        """The index in so few bytes that it is sorted by counting."""
-        return self.index.astype(np.min_scalar_type(self.count))
-
-    def order(self, values: Floats) -> Ints:
-        """By group, and within one by value, (N,)."""
-        by_value = np.argsort(values)
-        return by_value if self.count == 1 else by_value[np.argsort(self._short[by_value], kind="stable")]
-
-    def running(self, values: Floats) -> Floats:
-        """Of values sorted by group, the sums up to each that begin anew with each group, (N,)."""
-        upto = np.cumsum(values)
-        return upto if self.count == 1 else upto - (upto - values)[self._sorted_starts]
-
-    def least(self, values: Floats) -> Floats:
-        """The least value of each group, (groups,); infinite for one of nothing."""
-        found = np.full(self.count, np.inf)
-        np.minimum.at(found, self.index, values)
-        return found
-
-    def sums(self, values: NDArray[np.floating[Any]]) -> Floats:
-        """The sum of each group: (..., K) to (..., groups)."""
-        if values.ndim == 1:
-            return np.asarray(np.bincount(self.index, values, self.count), dtype=np.float64)
-        flat = values.reshape(-1, values.shape[-1])
-        places = self.index + self.count * np.arange(len(flat))[:, None]
-        found = np.bincount(places.ravel(), weights=flat.ravel(), minlength=self.count * len(flat))
-        return np.asarray(found, dtype=np.float64).reshape(*values.shape[:-1], self.count)
-
-    def behind(self, values: Floats, order: Ints) -> Floats:
-        """For each link the sum of its group's values from it on, in this order (..., K) of all links, by group first.
-
-        order sorts by group, and within one by whatever comes first.
-        """
-        return self.sums(values)[..., self.index] - self.before(values, order)
-
-    def before(self, values: Floats, order: Ints) -> Floats:
-        """For each link the sum of its group's values before it in such an order."""
-        sorted_ = np.take_along_axis(values, order, axis=-1)
-        upto = np.cumsum(sorted_, axis=-1) - sorted_
-        found = np.empty_like(upto)
-        np.put_along_axis(found, order, upto - upto[..., self._sorted_starts], axis=-1)
-        return found
 
 
 class Making(NamedTuple):
@@ -220,15 +145,16 @@ class Table:
         place = np.searchsorted(self.asked, self.member_request)
         return Groups(np.concatenate([place] * 4), len(self.asked))
 
+    @cached_property
+    def longest_first(self) -> Ints:
+        """Links by receiver, of one receiver by their tokens."""
+        return self.receivers.order(-self.tokens)
+
     def before_at_sender(self, work_s: Floats) -> Floats:
         """For each link the work of its sender for links before it, (..., K)."""
         if self.senders.alone:
             return np.zeros_like(work_s)
-        return self.senders.before(work_s, np.broadcast_to(self._by_sender, work_s.shape))
-
-    @cached_property
-    def _by_sender(self) -> Ints:
-        return np.argsort(self.senders.index, kind="stable")
+        return self.senders.before(work_s, self.senders.together)
 
     def text_at_once(self, own: Floats) -> Floats:
         """Which share of a prefill can't begin before the last of its tokens is there."""
@@ -362,7 +288,7 @@ class Table:
 
     def sent_tokens(self, own: Floats) -> Floats:
         """Tokens whose entries travel in whole slices when the receiver prefills the first own ones, (..., K)."""
-        begin = own if self.slice_tokens == WHOLE else own // self.slice_tokens * self.slice_tokens
+        begin = own if self.slice_tokens == WHOLE else np.floor(own / self.slice_tokens) * self.slice_tokens
         return np.where(own < self.tokens, self.tokens - begin, 0.0)
 
 

@@ -15,7 +15,7 @@ from broker_config.messages import LinkReport, RateStep, Stages
 from coordinator.latency import Decision, Link, Prediction, Scenario, payload_bytes
 from coordinator.numbers import Flags
 from coordinator.policy.conserve import conserve, in_steps
-from coordinator.policy.rungs import raise_rungs
+from coordinator.policy.raising import raise_rungs
 from coordinator.policy.shares import Allocation, Shares
 from coordinator.policy.standing import Laid, Standing
 

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from coordinator.groups import Groups
 from coordinator.numbers import Floats, Ints
 from coordinator.policy.relaxed import PRICINGS, Programme, around_s
 from coordinator.policy.shares import Allocation, Shares
-from coordinator.table import Groups
 
 TOUCHED = 0.6
 """Where between nothing and the most a curve is touched by a tangent, beside its ends."""

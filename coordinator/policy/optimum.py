@@ -20,6 +20,7 @@ which E2E no plan of constant rates is.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,7 +32,7 @@ from coordinator.policy.deadlines import weighed
 from coordinator.policy.jmsra import FEW_LINKS, binary_choices
 from coordinator.policy.relaxed import Relaxed
 from coordinator.policy.replanning import replanned
-from coordinator.policy.shares import Allocation, Shares
+from coordinator.policy.shares import Allocation, Rows, Shares
 from coordinator.table import WHOLE, Table
 
 LATER = (1.0, 1.003, 1.01, 1.03, 1.1, 1.3)
@@ -101,7 +102,7 @@ def optimum(shares: Shares) -> Allocation:
     early_s = starts[0].within_s
     for rungs in starting_rungs(shares):
         drawn = draw(shares, rungs, early_s, LATER)
-        starts.append(soonest(shares, drawn, np.broadcast_to(rungs, drawn.shape)))
+        starts.append(shares.allocate_rows(*soonest(shares, drawn, np.broadcast_to(rungs, drawn.shape))))
     if len(starts) > 2 and shares.table.count > 1:
         starts.append(_mixed(shares, *starts[1:]))
     starts.sort(key=lambda start: start.e2e_s)
@@ -128,7 +129,8 @@ def _mixed(shares: Shares, tightest: Allocation, fastest: Allocation) -> Allocat
         np.where(fast, fastest.own, tightest.own),
         *(np.broadcast_to(each.own, fast.shape) for each in (tightest, fastest)),
     ]
-    return soonest(shares, np.concatenate(own), np.tile(np.where(fast, fastest.rungs, tightest.rungs), (len(own), 1)))
+    rungs = np.tile(np.where(fast, fastest.rungs, tightest.rungs), (len(own), 1))
+    return shares.allocate_rows(*soonest(shares, np.concatenate(own), rungs))
 
 
 def starting_rungs(shares: Shares) -> list[Ints]:
@@ -176,24 +178,39 @@ def every(shares: Shares, most: int) -> tuple[Floats, Ints] | None:
 
 def _of_many(shares: Shares) -> Allocation:
     """The best of all tokens, all caches, what is drawn, and that with nothing split."""
-    ends = binary_choices(shares, searched=False)
-    own, rungs = [np.array(ends)], [np.zeros((len(ends), shares.table.count), dtype=np.intp)]
-    least_s = shares.ends(shares.rows(own[0], rungs[0])).min() * LATER[-1]
+    ends = np.array(binary_choices(shares, searched=False))
+    found = soonest(shares, ends, np.zeros(ends.shape, dtype=np.intp))
+    least_s, asked = found.within_s * LATER[-1], False
     for places in starting_rungs(shares):
         relaxed = Relaxed(shares, places)
-        if len(own) > 1 and not relaxed.needed(least_s).fits:
+        if asked and not relaxed.needed(least_s).fits:
             break
-        least_s = relaxed.least_s(least_s, ROUGHLY)
+        least_s, asked = relaxed.least_s(least_s, ROUGHLY), True
         drawn = _drawn(shares, relaxed, least_s, LATER_OF_MANY)
-        own += [drawn, shares.own_of(drawn[:1] * 2 < shares.table.tokens)]
-        rungs += [np.broadcast_to(places, (len(each), len(places))) for each in own[-2:]]
-    return soonest(shares, np.concatenate(own), np.concatenate(rungs))
+        own = np.concatenate([drawn, shares.own_of(drawn[:1] * 2 < shares.table.tokens)])
+        found = soonest(shares, own, np.broadcast_to(places, own.shape), found)
+    return shares.allocate_rows(*found)
 
 
-def soonest(shares: Shares, own: Floats, rungs: Ints) -> Allocation:
-    """Of these choices, (M, K) each, the first of least min-max T."""
-    best = shares.ends(shares.rows(own, rungs)).argmin()
-    return shares.allocate(own[best], rungs[best])
+class Candidate(NamedTuple):
+    """One choice with its rows, and when it ends at the latest (min-max T)."""
+
+    rows: Rows
+    own: Floats
+    rungs: Ints
+    within_s: float
+
+
+def soonest(shares: Shares, own: Floats, rungs: Ints, unless: Candidate | None = None) -> Candidate:
+    """Of these choices, (M, K) each, the first of least min-max T; the other if none is earlier than it."""
+    rows = shares.rows(own, rungs)
+    ends_s = shares.ends(rows, unless.within_s if unless else np.inf)
+    best = ends_s.argmin()
+    if np.isfinite(ends_s[best]):
+        return Candidate(rows[best : best + 1], own[best], rungs[best], float(ends_s[best]))
+    if unless is None:
+        raise ArithmeticError("no rates for an unlimited round: a figure of the scenario is not finite")
+    return unless
 
 
 def earliest(allocations: list[Allocation]) -> Allocation:

@@ -171,7 +171,7 @@ class Relaxed(Programme):
     def _ordered(self, ratio: Floats) -> Ints:
         """Links by receiver, the cheapest first; while one T is searched for, an order that has hardly changed."""
         if self._order is None or abs(self._within_s / self._ordered_s - 1) > HARDLY:
-            self._order = np.lexsort((ratio, self._table.receivers.index))
+            self._order = self._table.receivers.order(ratio)
             self._ordered_s = self._within_s
         return self._order
 
@@ -190,8 +190,7 @@ class Relaxed(Programme):
         """Of each receiver the tokens that spare it so many seconds at the least cost, the last one in part."""
         receivers = self._table.receivers
         gains_s = self._gain_s * most
-        ratio = np.divide(costs, self._gain_s, out=np.full_like(costs, np.inf), where=self._open)
-        order = self._ordered(ratio)
+        order = self._ordered(np.divide(costs, self._gain_s, out=np.zeros_like(costs), where=self._open))
         still_s = wanted_s[receivers.index] - receivers.before(gains_s, order)
         taken_s = np.clip(still_s, 0.0, np.maximum(gains_s, 0.0))
         sparing = self._open & (taken_s > 0)

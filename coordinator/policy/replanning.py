@@ -29,7 +29,7 @@ from coordinator.latency import Link, Scenario
 from coordinator.numbers import Flags, Ints
 from coordinator.policy.base import Plan, StagedPolicy, plan_of
 from coordinator.policy.deadlines import missed
-from coordinator.policy.rungs import raise_rungs
+from coordinator.policy.raising import raise_rungs
 from coordinator.policy.shares import Allocation, Shares
 from coordinator.policy.standing import Piece, Standing
 

@@ -36,6 +36,7 @@ NEWTON_STEPS = 100
 ROUNDING = 1e-12
 LAST_BIT = 4e-16
 LONGEST_S = 1e12
+MANY_LINKS = 200
 MOST_GROWTH = 1e6
 """Of a rate, when a channel is given out."""
 
@@ -51,7 +52,7 @@ class Rows:
     offset_s: Floats
     held: Flags
 
-    def __getitem__(self, index: Flags | Ints) -> Rows:
+    def __getitem__(self, index: Flags | Ints | slice) -> Rows:
         return Rows(self.bits[:, index], self.offset_s[:, index], self.held[index])
 
     def needed(self, ends_s: Floats | float) -> tuple[Floats, Flags]:
@@ -179,7 +180,7 @@ class Shares:
             return own
         token_bits = self.coded(self.tightest() if rungs is None else rungs)[0]
         bits = table.sent_tokens(own) * token_bits
-        order = np.lexsort((bits, np.broadcast_to(table.receivers.index, bits.shape)), axis=-1)
+        order = table.receivers.order(bits)
         left = np.maximum(table.room_bits[table.receivers.index] - table.receivers.before(bits, order), 0.0)
         size = 1.0 if table.slice_tokens == WHOLE else float(table.slice_tokens)
         most = np.divide(left, token_bits, out=np.full_like(left, np.inf), where=token_bits > 0)
@@ -196,8 +197,8 @@ class Shares:
         more = np.where(who, sent * self.coded(raised)[0] - now, 0.0)
         left = (table.room_bits - table.receivers.sums(now))[table.receivers.index]
         alone = more <= left
-        order = np.argsort(table.receivers.index, kind="stable")
-        together = alone & (table.receivers.before(np.where(alone, more, 0.0), order) + more <= left)
+        before = table.receivers.before(np.where(alone, more, 0.0), table.receivers.together)
+        together = alone & (before + more <= left)
         return who & together, who & alone
 
     def coded(self, rungs: Ints) -> tuple[Floats, Floats, Floats]:
@@ -222,8 +223,7 @@ class Shares:
         sent, first, _, _, begin_s, made_s = table.making(own, encode_token_s)
         carries, decode_s = sent > 0, decode_token_s * sent
         order = self._order(begin_s)
-        slices_s = self._behind(np.where(carries, decode_token_s * first, 0.0), order)
-        decodes_s = self._behind(decode_s, order)
+        slices_s, decodes_s = self._behind(np.array([decode_token_s * first, decode_s]), order)
         back_s = table.back_s + table.after_s
         offset_s = np.empty((5, *sent.shape))
         moments = (begin_s + slices_s, table.order_s + slices_s, made_s + slices_s, begin_s + decodes_s)
@@ -249,10 +249,7 @@ class Shares:
 
     def _order(self, moment_s: Floats) -> Ints:
         """Links by receiver, of one receiver as something comes to it, of what comes at once the longest first."""
-        if self.table.receivers.alone:
-            return np.broadcast_to(np.arange(self.table.count), moment_s.shape)
-        tokens = np.broadcast_to(-self.table.tokens, moment_s.shape)
-        return np.asarray(np.lexsort((tokens, self._by_receiver(moment_s)), axis=-1))
+        return self.table.receivers.order(moment_s, self.table.longest_first)
 
     def _ids_order(self, text_s: Floats, carries: Flags, prefill_s: Floats) -> Ints:
         """In which a receiver's links owe it their ids: any order will do, and the first are needed the earliest.
@@ -260,16 +257,8 @@ class Shares:
         As the texts are there; of those that are there at once, first links whose rates are high anyway, for the cache
         behind the ids, then the longest prefill.
         """
-        if self.table.receivers.alone:
-            return np.broadcast_to(np.arange(self.table.count), text_s.shape)
-        longest_s = prefill_s.max(initial=0.0)
-        return np.asarray(
-            np.lexsort((np.where(carries, -2 * longest_s, 0.0) - prefill_s, self._by_receiver(text_s)), axis=-1)
-        )
-
-    def _by_receiver(self, moment_s: Floats) -> Floats:
-        """A number that sorts by receiver, and then by moment (..., K), to a billionth of the last."""
-        return self.table.receivers.index + moment_s / max(2 * float(moment_s.max(initial=0.0)), 1e-300)
+        receivers, longest_s = self.table.receivers, prefill_s.max(initial=0.0)
+        return receivers.order(text_s, receivers.order(np.where(carries, -2 * longest_s, 0.0) - prefill_s))
 
     def _behind(self, work_s: Floats, order: Ints) -> Floats:
         """What a receiver does from each link on, in an order."""
@@ -301,18 +290,26 @@ class Shares:
         if limits_s is not None:
             left &= ~rows.needed(limits_s)[1].any(axis=-1)
         best_s = below_s
-        active, rows, at_s = np.flatnonzero(left), rows[left], at_s[left]
-        for _ in range(NEWTON_STEPS):
-            if not active.size:
-                break
-            next_s = self._newton(rows, at_s, limits_s)
-            ended = next_s <= at_s
-            if ended.any():
-                found[active[ended]] = at_s[ended]
-                best_s = min(best_s, float(at_s[ended].min()) * (1 + later))
-            left = ~ended & (next_s <= best_s * (1 + ROUNDING)) & (next_s < LONGEST_S)
-            active, rows, at_s = active[left], rows[left], next_s[left]
+        for asked in self._turns(np.flatnonzero(left), at_s):
+            active, current, now_s = asked, rows[asked], at_s[asked]
+            for _ in range(NEWTON_STEPS):
+                if not active.size:
+                    break
+                next_s = self._newton(current, now_s, limits_s)
+                ended = next_s <= now_s
+                if ended.any():
+                    found[active[ended]] = now_s[ended]
+                    best_s = min(best_s, float(now_s[ended].min()) * (1 + later))
+                left = ~ended & (next_s <= best_s * (1 + ROUNDING)) & (next_s < LONGEST_S)
+                active, current, now_s = active[left], current[left], next_s[left]
         return np.where(found <= below_s, found, np.inf)
+
+    def _turns(self, rows: Ints, at_s: Floats) -> list[Ints]:
+        """Of many links the row that may be the earliest comes first: most others need but a look then."""
+        if len(rows) < 2 or self.table.count < MANY_LINKS:
+            return [rows]
+        first = at_s[rows].argmin()
+        return [rows[first : first + 1], np.delete(rows, first)]
 
     def _surely_not_before_s(self, rows: Rows) -> Floats:
         """(M,): what each link takes that has all to itself; and what all take whose bits pass a channel together."""
@@ -361,12 +358,17 @@ class Shares:
         """The same, each link's receiver done by the link's limit (K,). None if that cannot be."""
         rows = self.rows(own[None, :], rungs)
         found = self.least(rows, limits_s=limits_s)
-        if found is None:
-            return None
-        rates = self.fill(rows.needed(found[1] if limits_s is None else np.minimum(found[1], limits_s))[0][0])
+        return None if found is None else self.allocate_rows(rows, own, rungs, found[1], limits_s)
+
+    def allocate_rows(
+        self, rows: Rows, own: Floats, rungs: Ints, within_s: float, limits_s: Floats | None = None
+    ) -> Allocation:
+        """The same of one row (`rows` of own and rungs) that is known to end by then."""
+        ends_s = within_s if limits_s is None else np.minimum(within_s, limits_s)
+        rates = self.fill(rows.needed(ends_s)[0][0])
         course = Course(own, *self.coded(rungs), rates[:, None])
         timed = timeline(self.table, course)
-        return Allocation(self.table, own, rungs, course, max(found[1], timed.e2e_s), float(rows.sent_bits[0]), timed)
+        return Allocation(self.table, own, rungs, course, max(within_s, timed.e2e_s), float(rows.sent_bits[0]), timed)
 
     def affordable(self, rates: Floats, wanted: Floats, who: Flags) -> tuple[Flags, Flags]:
         """Which of `who` may go from these rates to those they want, (K,): all together in their order, each alone."""

@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 from coordinator.latency import TIE_FRACTION, Scenario
 from coordinator.policy.bound import lower_bound
 from coordinator.policy.optimum import OptimumPolicy
-from coordinator.policy.rungs import raise_rungs
+from coordinator.policy.raising import raise_rungs
 from coordinator.policy.shares import Shares
 from coordinator.table import Table
 from scripts.policies.scenarios import Network, random_round

@@ -16,8 +16,10 @@ from coordinator.errors import PolicyUnknown, RequestImpossible
 from coordinator.latency import Scenario
 from coordinator.policy import POLICIES, PressureCaps, get_policy
 from coordinator.policy.optimum import optimum
-from coordinator.policy.rungs import allowed_rungs, named_rung, raise_rungs, why_no_rung
+from coordinator.policy.raising import SLIGHTLY, raise_rungs
+from coordinator.policy.rungs import allowed_rungs, named_rung, why_no_rung
 from coordinator.policy.shares import Shares
+from scripts.policies.scenarios import Network, random_round
 from tests.coordinator.builders import CAPS, LADDER, make_link, random_scenario, scenario_of
 
 
@@ -204,3 +206,21 @@ def test_rungs_of_many_links_climb_as_far_as_there_are_rates_for_them() -> None:
     raised = raise_rungs(shares, chosen)
     assert np.any(raised.rungs > chosen.rungs)
     assert np.all(shares.table.used(raised.course.rates[:, 0]) <= shares.table.free * (1 + 1e-9))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_receiver_whose_rungs_cannot_climb_holds_no_other_back(seed: int) -> None:
+    """Receivers that share nothing climb as each would by itself in a round that takes as long."""
+    scenario = replace(random_round(seed, Network.OWN, 60), tie_fraction=0.03)
+    shares = Shares(scenario)
+    base = shares.allocate(np.zeros(60))
+    raised = raise_rungs(shares, base)
+    assert np.any(raised.rungs > 0)
+    limit_s = base.e2e_s * (1 + scenario.tie_fraction)
+    assert np.all(raised.found.request_e2e_s <= limit_s * (1 + SLIGHTLY))
+    for request, terms in enumerate(scenario.requests):
+        mine = [index for index, link in enumerate(scenario.links) if link.request == request]
+        links = tuple(replace(scenario.links[index], request=0) for index in mine)
+        alone = Shares(replace(scenario, links=links, requests=(terms,)))
+        by_itself = raise_rungs(alone, alone.allocate(np.zeros(len(mine))), base.e2e_s)
+        assert raised.rungs[mine].tolist() == by_itself.rungs.tolist()

@@ -11,10 +11,11 @@ import pytest
 
 from broker_config.messages import CodecSpeed, Speed
 from coordinator.columns import columns_of
+from coordinator.groups import Groups
 from coordinator.ladders import Ladders
 from coordinator.latency import Link, Scenario, decode_s, encode_s, prefill_s, usable
 from coordinator.numbers import numbered
-from coordinator.table import Groups, Table
+from coordinator.table import Table
 from tests.coordinator.builders import LADDER, SPEED, instance, make_link, random_speed, scenario_of
 from tests.coordinator.wild import wild_scenario
 
@@ -54,6 +55,25 @@ def coding_links(seed: int) -> list[Link]:
         )
         for index in range(dice.randint(1, 6))
     ]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_things_are_ordered_by_group_then_value_then_as_they_were(seed: int) -> None:
+    dice = np.random.default_rng(seed)
+    count = int(dice.integers(1, 40))
+    groups = Groups(np.concatenate([np.arange(count), dice.integers(0, count, 3 * count)]), count)
+    values = dice.choice([-3.0, -1.0, 0.0, 2.5, *dice.normal(0, 1e6, 5)], (4, len(groups.index)))
+    first = dice.normal(size=len(groups.index))
+    before = groups.order(first)
+    assert before.tolist() == np.lexsort((first, groups.index)).tolist()
+    index = np.broadcast_to(groups.index, values.shape)
+    ties = np.broadcast_to(first, values.shape)
+    assert np.array_equal(groups.order(values, before), np.lexsort((ties, values, index), axis=-1))
+    assert np.array_equal(groups.order(values[0]), np.lexsort((values[0], groups.index)))
+    held = groups.behind(values, before)
+    for place, row in np.ndindex(len(groups.index), len(values)):
+        behind = (groups.index == groups.index[place]) & (first >= first[place])
+        assert held[row, place] == pytest.approx(values[row, behind].sum(), abs=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(60))
