@@ -72,7 +72,7 @@ def main(
     links: Annotated[
         str, typer.Option(help="Numbers of links to plan, rising, with commas.", metavar="N,N,...")
     ] = ",".join(map(str, scale.SIZES)),
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each number of links, fewer of long ones.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each number of links, fewer of long ones.")] = 15,
     longest: Annotated[
         float, typer.Option(min=0, help="Seconds: a stage that is expected to take longer is left out.")
     ] = 30,

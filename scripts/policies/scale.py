@@ -30,7 +30,8 @@ GROWTH = 1.5
 
 
 class Timed(Struct, frozen=True, kw_only=True):
-    """Process seconds (median) of each stage at a number of links; None: it would take longer than is allowed.
+    """Process seconds of each stage at a number of links, the least of the repeats: what it takes if nobody else works
+    on the machine. None: it would take longer than is allowed. plan_median_s: of the same repeats.
 
     plan: `OptimumPolicy.plan`, which is table, choice and rungs; again: `OptimumPolicy.replan` of that plan when one
     link's rate has changed; links: what a plan says of each, as values. These and the bound are worked out only where
@@ -41,6 +42,7 @@ class Timed(Struct, frozen=True, kw_only=True):
     links: int
     repeats: int
     seconds: dict[str, float | None]
+    plan_median_s: float | None
 
 
 def steps(sizes: tuple[int, ...]) -> int:
@@ -72,8 +74,13 @@ def _timed(network: Network, links: int, repeats: int, longest_s: float, last: T
     while not runs or (len(runs) < repeats and time.process_time() - began_s < longest_s / 4):
         gc.collect()
         runs.append(_stages(scenario, allowed))
-    seconds = {stage: median(run[stage] for run in runs) if stage in runs[0] else None for stage in STAGES}
-    return Timed(network=network, links=links, repeats=len(runs), seconds=seconds)
+    return Timed(
+        network=network,
+        links=links,
+        repeats=len(runs),
+        seconds={stage: min(run[stage] for run in runs) if stage in runs[0] else None for stage in STAGES},
+        plan_median_s=median(run["plan"] for run in runs) if "plan" in runs[0] else None,
+    )
 
 
 def _expected_s(stage: str, links: int, last: Timed | None) -> float:
