@@ -638,7 +638,7 @@ def test_the_real_bundle_has_the_shape_of_smollm2(bundle: Path) -> None:
     assert by_name["q6"].kl < 0.02 < by_name["q4"].kl < 0.5
     within = [rung for rung in manifest.ladder if rung.kl <= 0.02]
     assert min(rung.bits_per_element for rung in within) < 16 / 8
-    assert 8 <= len(manifest.ladder) <= 12
+    assert 8 <= len(manifest.ladder) <= 14  # which are on the front depends on how a processor rounds
 
 
 @pytest.mark.bundle
