@@ -52,13 +52,19 @@ USERS_HELP = f"Users file, as `coordinator add-agent` makes it (default: none on
 
 
 @app.command()
-def run(configuration: Configuration = None) -> None:
+def run(
+    configuration: Configuration = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(help="Record the session to this new file, or in this folder to one named by site and time."),
+    ] = None,
+) -> None:
     """Run the coordinator of a site until it is stopped (Ctrl-C or SIGTERM)."""
     _set_up_logs()
     settings = _settings(configuration)
 
     async def work() -> None:
-        await Coordinator(settings).run()
+        await Coordinator(settings, record).run()
 
     _do(_until_stopped(work()))
 

@@ -10,12 +10,15 @@ CoordinatorError
 ├── RequestImpossible      the request cannot be carried out as it stands; says why
 ├── RequestRefused         what a client is told of any of these (the coordinator's or an agent's line)
 ├── CoordinatorMissing     nobody coordinates the site
-└── JournalUnwritable      what is promised could not be remembered
+├── JournalUnwritable      what is promised could not be remembered
+├── RecordingUnwritable    a session can't be recorded where it was to be
+└── RecordingInvalid       a file is no recording of a session that can be read
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 LISTED = 8
 
@@ -115,3 +118,19 @@ class CoordinatorMissing(CoordinatorError):
 
 class JournalUnwritable(CoordinatorError):
     """The journal can't be written, so nothing may be promised."""
+
+
+class RecordingUnwritable(CoordinatorError):
+    """A session can't be recorded there."""
+
+    def __init__(self, path: Path, why: str) -> None:
+        self.path, self.why = path, why
+        super().__init__(f"recording {path} can't be written: {why}")
+
+
+class RecordingInvalid(CoordinatorError):
+    """The file is no recording of a session that can be read."""
+
+    def __init__(self, path: Path, why: str) -> None:
+        self.path, self.why = path, why
+        super().__init__(f"{path} can't be read as a recorded session: {why}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Coroutine, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -42,9 +43,10 @@ from coordinator.errors import CoordinatorError, RequestImpossible
 from coordinator.fleet import Fleet, apply, expire
 from coordinator.journal import InFlight, Journal
 from coordinator.keeping import Keeper
-from coordinator.learning import Learning
+from coordinator.learning import Learned, Learning
 from coordinator.planning import plan_round
 from coordinator.policy import POLICIES, get_policy
+from coordinator.recorder import RecordedBus
 from coordinator.revision import revise
 from coordinator.round import EndOfRound, Round, unfinished
 from coordinator.settings import CoordinatorSettings
@@ -66,8 +68,9 @@ FAULT = "a fault of the coordinator; its log says more"
 class Coordinator:
     """One site's coordinator. `run` returns only when cancelled."""
 
-    def __init__(self, settings: CoordinatorSettings) -> None:
-        self._settings = settings
+    def __init__(self, settings: CoordinatorSettings, record: Path | None = None) -> None:
+        """record: the file that the session is recorded to, or the folder of a file named by site and time."""
+        self._settings, self._record = settings, record
         self._instance = new_id()
         self._fleet = Fleet()
         self._rounds: dict[str, Round] = {}
@@ -82,9 +85,11 @@ class Coordinator:
         get_policy(settings.planning.policy)
 
     async def run(self) -> None:
-        """Serve until cancelled. Raises JournalUnwritable."""
+        """Serve until cancelled. Raises JournalUnwritable, RecordingUnwritable."""
         site, folder = self._settings.site, self._settings.state_path
         journal = Journal(folder / f"{site}-rounds.jsonl")
+        keeper = Keeper(folder / f"{site}-learned.json")
+        recorded: RecordedBus | None = None
         try:
             bus = MqttBus(
                 settings=self._settings.broker,
@@ -95,18 +100,27 @@ class Coordinator:
                 on_state=self._listening,
             )
             bus.add_on_connect(self._say_online)
-            keeper = Keeper(folder / f"{site}-learned.json")
-            await self.join(bus, journal, keeper)  # before the session starts: what the broker kept comes at once
+            if self._record is not None:
+                recorded = RecordedBus.begin(bus, self._record, self._settings, keeper.learned)
+            # before the session starts: what the broker kept comes at once
+            await self.join(recorded or bus, journal, keeper)
             async with bus:
                 await self.serve()
         finally:
             journal.close()
+            if recorded is not None:
+                recorded.close()
 
-    async def join(self, bus: Bus, journal: Journal, keeper: Keeper | None = None) -> None:
-        """Listen on a bus. What an earlier coordinator left over is not taken again, what it had learned is known."""
-        self._bus, self._journal, self._teller = bus, journal, Teller(bus)
-        if keeper is not None:
-            self._keeper, self._learning = keeper, Learning(self._settings.planning.rate_quantile, keeper.learned)
+    async def join(
+        self, bus: Bus, journal: Journal, keeper: Keeper | None = None, learned: Learned | None = None
+    ) -> None:
+        """Listen on a bus. What an earlier coordinator left over is not taken again, what it had learned is known.
+
+        learned: that, where nobody keeps it.
+        """
+        self._bus, self._journal, self._teller, self._keeper = bus, journal, Teller(bus), keeper
+        learned = keeper.learned if keeper is not None else learned
+        self._learning = Learning(self._settings.planning.rate_quantile, learned)
         self._listening(BusState.CONNECTED)
         for request in (*journal.known_ended, *(entry.ask.request for entry in journal.left_over)):
             self._remember(request)

@@ -17,8 +17,8 @@ from broker_config.messages import AddContext, ContextReply, ListContexts, Order
 from broker_config.settings import BrokerSettings
 from broker_config.topics import ORDERS, PRESENCE, PROBES, REPLIES
 from broker_config.wire import pack
+from scripts.replay.clock import run_virtual
 from tests.memory_bus import MemoryBroker
-from tests.virtual_time import run_virtual
 
 INSTANCE = "0123456789abcdef"
 

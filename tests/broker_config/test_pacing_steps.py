@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from broker_config.messages import RateStep
 from broker_config.transfer import Inbox, Pacer, send
+from scripts.replay.clock import run_virtual
 from tests.memory_bus import MemoryBroker
-from tests.virtual_time import run_virtual
 
 PIECE_BYTES = 1_000
 TRANSFER, REQUEST = "0123456789abcdef", "fedcba9876543210"

@@ -15,8 +15,8 @@ from broker_config.errors import TransferCancelled, TransferError, TransferExpir
 from broker_config.messages import Ack, Chunk, Open
 from broker_config.topics import ACKS, BULK
 from broker_config.transfer import Inbox, Sent, send
+from scripts.replay.clock import run_virtual
 from tests.memory_bus import MemoryBroker, Trouble
-from tests.virtual_time import run_virtual
 
 TRANSFER, OTHER = "0123456789abcdef", "fedcba9876543210"
 PAYLOAD = bytes(range(256)) * 100

@@ -11,8 +11,8 @@ import pytest
 from broker_config.messages import Ack, Chunk
 from broker_config.topics import ACKS, BULK
 from broker_config.transfer import Inbox, Sent, send
+from scripts.replay.clock import run_virtual
 from tests.memory_bus import MemoryBroker, Trouble
-from tests.virtual_time import run_virtual
 
 TRANSFER, REQUEST = "0123456789abcdef", "fedcba9876543210"
 CHUNK_BYTES = 1_024

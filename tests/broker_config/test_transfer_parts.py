@@ -14,7 +14,7 @@ from broker_config.transfer import Pacer
 from broker_config.transfer.assembly import MAX_AHEAD, MAX_CORRUPT, Assembly, Contradiction, checksum
 from broker_config.transfer.cutting import cut
 from broker_config.transfer.window import FIRST_TIMEOUT_S, MIN_TIMEOUT_S, Window
-from tests.virtual_time import run_virtual
+from scripts.replay.clock import run_virtual
 
 TRANSFER = "0123456789abcdef"
 CHUNK_BYTES = 1_024

@@ -38,6 +38,7 @@ from broker_config.messages import (
 from broker_config.topics import Topic
 from coordinator.journal import Journal
 from coordinator.keeping import Keeper
+from coordinator.recorder import RecordedBus
 from coordinator.service import Coordinator
 from coordinator.settings import CoordinatorSettings, PlanningSettings
 from tests.coordinator.builders import MODEL, context, instance, presence, telemetry
@@ -200,14 +201,16 @@ class FakeSite:
         self.agents = [self.pi_1, self.pi_2, self.receiver]
         self.asker = FakeAsker(broker)
         self.bus = FallibleBus(broker, "home")
+        self.recorded: RecordedBus | None = None
         self.seen: list[CoordinatorPresence] = []
 
-    async def start_coordinator(self, settings: CoordinatorSettings = SETTINGS) -> None:
-        """With the journal that the one before it left, and with what that had learned."""
+    async def start_coordinator(self, settings: CoordinatorSettings = SETTINGS, record: Path | None = None) -> None:
+        """With the journal that the one before it left, and with what that had learned. record: as `run` has it."""
         self.broker.buses.append(self.bus)
-        self.journal = Journal(self.journal_path)
+        self.journal, keeper = Journal(self.journal_path), Keeper(self.learned_path)
         self.coordinator = Coordinator(settings)
-        await self.coordinator.join(self.bus, self.journal, Keeper(self.learned_path))
+        self.recorded = RecordedBus.begin(self.bus, record, settings, keeper.learned) if record else None
+        await self.coordinator.join(self.recorded or self.bus, self.journal, keeper)
         self.serving = asyncio.create_task(self.coordinator.serve(), name="coordinator")
         await asyncio.sleep(0.01)  # virtual: whatever is retained has been heard
 
@@ -225,6 +228,8 @@ class FakeSite:
         await asyncio.wait({self.serving})
 
     def _forget_coordinator(self) -> None:
+        if self.recorded is not None:
+            self.recorded.close()
         self.broker.buses.remove(self.bus)
         self.bus = FallibleBus(self.broker, "home")
         self.journal.close()
@@ -288,7 +293,10 @@ def answered(order: AnswerOrder, agent: str = "jetson-1", **changes: object) -> 
 
 @asynccontextmanager
 async def fake_site(
-    folder: Path, broker: MemoryBroker | None = None, settings: CoordinatorSettings = SETTINGS
+    folder: Path,
+    broker: MemoryBroker | None = None,
+    settings: CoordinatorSettings = SETTINGS,
+    record: Path | None = None,
 ) -> AsyncIterator[FakeSite]:
     """Started, with every agent known. At the end everything is stopped, and no task may be left."""
     site = FakeSite(folder, broker or MemoryBroker())
@@ -297,7 +305,7 @@ async def fake_site(
             stack.push_async_callback(agent.fall_silent)
             await agent.start()
         await site.asker.start()
-        await site.start_coordinator(settings)
+        await site.start_coordinator(settings, record)
         try:
             yield site
         finally:

@@ -34,9 +34,9 @@ from coordinator import client as module
 from coordinator.client import PRESENCE_TIMEOUT_S, REPLY_TIMEOUT_S, Client
 from coordinator.errors import CoordinatorMissing, RequestImpossible, RequestRefused
 from scripts.demo.processes import free_port
+from scripts.replay.clock import run_virtual
 from tests.coordinator.builders import context, instance, presence, telemetry
 from tests.memory_bus import MemoryBroker
-from tests.virtual_time import run_virtual
 
 REPORT = context("report")
 

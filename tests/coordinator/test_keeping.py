@@ -15,10 +15,10 @@ from structlog.typing import EventDict
 from broker_config.messages import AnswerOrder, SendOrder
 from coordinator.keeping import KEEP_INTERVAL_S, LARGEST_BYTES, VERSION, Keeper
 from coordinator.learning import Learned, LearnedLink, LearnedPolicy, LearnedReceiver, Learning
+from scripts.replay.clock import run_virtual
 from tests.coordinator.site import FakeSite, answered, fake_site, question, sent
 from tests.coordinator.test_journal import files_of_at_most
 from tests.coordinator.test_learning import ALONE, LINK, MEGABYTES_5, ended
-from tests.virtual_time import run_virtual
 
 NAME = "home-learned.json"
 

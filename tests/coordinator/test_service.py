@@ -42,6 +42,7 @@ from coordinator.fleet import EXPIRY_S
 from coordinator.journal import InFlight, Journal
 from coordinator.service import FAULT, OUTCOME_GRACE_S, STOP_S, Coordinator
 from coordinator.settings import CoordinatorSettings, PlanningSettings
+from scripts.replay.clock import run_virtual
 from tests.coordinator.builders import MODEL, context
 from tests.coordinator.site import (
     ASKER,
@@ -57,7 +58,6 @@ from tests.coordinator.site import (
     sent,
 )
 from tests.memory_bus import MemoryBroker, MemoryBus, Trouble
-from tests.virtual_time import run_virtual
 
 Story = Callable[[FakeSite], Coroutine[Any, Any, None]]
 

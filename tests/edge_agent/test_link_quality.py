@@ -20,8 +20,8 @@ from broker_config.topics import Topic
 from edge_agent import flow, link_quality
 from edge_agent.flow import Flow
 from edge_agent.link_quality import LARGEST_PROBE_BYTES, QUIET_S, SMALLEST_PROBE_BYTES, LinkMeter, signal_dbm
+from scripts.replay.clock import run_virtual
 from tests.memory_bus import MemoryBroker
-from tests.virtual_time import run_virtual
 
 MEGABIT = 1e6
 ROUTE = {"agent": "pi-1"}

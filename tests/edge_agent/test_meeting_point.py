@@ -15,8 +15,8 @@ from edge_agent.meeting import LEAST_TOKENS, PATIENCE_S, Bid, Meeting
 from edge_agent.precedence import Precedence, Seat
 from edge_agent.speed import SpeedMeter
 from edge_agent.turns import Turns
+from scripts.replay.clock import run_virtual
 from tests.edge_agent.caches import made_up
-from tests.virtual_time import run_virtual
 
 if TYPE_CHECKING:
     from edge_agent.engine import Engine

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import selectors
 from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -38,10 +39,10 @@ class _JumpingSelector(selectors.BaseSelector):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """Its time() starts at 0 and passes only while everybody waits."""
+    """Its time() passes only while everybody waits."""
 
-    def __init__(self) -> None:
-        self._now_s = 0.0
+    def __init__(self, start_s: float = 0.0) -> None:
+        self._now_s = start_s
         super().__init__(_JumpingSelector(self._advance))
 
     def time(self) -> float:
@@ -51,12 +52,12 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._now_s += max(seconds, 1e-9)
 
 
-def run_virtual(main: Coroutine[Any, Any, T], *, limit_s: float = 3_600.0) -> T:
-    """Run to the end in virtual time. Raises TimeoutError after limit_s virtual seconds."""
+def run_virtual(main: Coroutine[Any, Any, T], *, limit_s: float | None = 3_600.0, start_s: float = 0.0) -> T:
+    """Run to the end in virtual time, from start_s on. Raises TimeoutError after limit_s virtual seconds."""
 
     async def limited() -> T:
         async with asyncio.timeout(limit_s):
             return await main
 
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+    with asyncio.Runner(loop_factory=partial(VirtualLoop, start_s)) as runner:
         return runner.run(limited())

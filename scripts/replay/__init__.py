@@ -1,0 +1,1 @@
+"""Sessions again: what was recorded, in virtual time."""

@@ -1,0 +1,175 @@
+"""A recorded session's plans, computed again by the same coordinator from what it had heard.
+
+The coordinator runs in virtual time on a bus that brings it every message at the moment at which it had come. What it
+tells goes nowhere; its plans are held against the recorded ones. Ids of transfers are new in every run: those that are
+in the recording are exchanged, by their places in the orders, before the coordinator hears of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+import msgspec
+
+from broker_config import topics
+from broker_config.bus import Handler, Subscription
+from broker_config.messages import AnswerOrder, LinkReport, Planned, RoundReport
+from broker_config.topics import Topic
+from coordinator.journal import Journal
+from coordinator.recording import Event, Recorded
+from coordinator.service import Coordinator
+from coordinator.settings import CoordinatorSettings
+from scripts.replay.clock import run_virtual
+
+M = TypeVar("M")
+
+SAME_SHARE = 1e-3
+SAME_S = 5e-3
+"""What is measured of a round differs between runs by what a program takes between two looks at the clock."""
+TURNS = 12
+"""Of the event loop, in which a coordinator has done all that a message makes it do."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One question's plan as it was recorded and as it came out again; None: there was, or is, none."""
+
+    request: str
+    recorded: RoundReport | None
+    again: RoundReport | None
+
+    @property
+    def difference(self) -> str:
+        """The first thing that differs, or ""."""
+        if self.recorded is None or self.again is None:
+            return "" if self.recorded is self.again else "only one of them has a plan"
+        if len(self.recorded.links) != len(self.again.links):
+            return f"{len(self.recorded.links)} links, again {len(self.again.links)}"
+        for one, other in zip(self.recorded.links, self.again.links, strict=True):
+            if found := _link_difference(one, other):
+                return f"{one.sender}:{one.context}: {found}"
+        before_s, after_s = self.recorded.predicted_e2e_s, self.again.predicted_e2e_s
+        if not math.isclose(before_s, after_s, rel_tol=SAME_SHARE, abs_tol=SAME_S):
+            return f"predicted E2E {before_s:.4f} s, again {after_s:.4f} s"
+        return ""
+
+
+def _link_difference(one: LinkReport, other: LinkReport) -> str:
+    for name in ("sender", "context_id", "medium", "rung", "own_tokens", "tokens", "planned_bytes"):
+        if getattr(one, name) != getattr(other, name):
+            return f"{name} {getattr(one, name)}, again {getattr(other, name)}"
+    if not math.isclose(one.share_bps, other.share_bps, rel_tol=SAME_SHARE):
+        return f"share {one.share_bps:.0f} bit/s, again {other.share_bps:.0f}"
+    return ""
+
+
+def plans_again(recorded: Recorded, hear: Callable[[float], None] = lambda _: None) -> tuple[Compared, ...]:
+    """Every question of a session, in the order in which they were planned. hear: seconds of the session so far.
+
+    Raises RecordingInvalid.
+    """
+    with TemporaryDirectory() as folder:
+        start_s = recorded.session.clock_s
+        return run_virtual(_again(recorded, Path(folder), hear), limit_s=None, start_s=start_s)
+
+
+async def _again(recorded: Recorded, folder: Path, hear: Callable[[float], None]) -> tuple[Compared, ...]:
+    session, clock = recorded.session, asyncio.get_running_loop().time
+    settings = CoordinatorSettings(site=session.site, planning=session.planning, channels=session.channels)
+    coordinator, bus = Coordinator(settings), _Stage(session.site)
+    journal = Journal(folder / "rounds.jsonl")
+    try:
+        await coordinator.join(bus, journal, learned=session.learned)
+        async with asyncio.TaskGroup() as group:
+            serving = group.create_task(coordinator.serve())
+            for event in recorded:
+                await asyncio.sleep(event.at_s - clock())
+                bus.bring(event)
+                for _ in range(TURNS):
+                    await asyncio.sleep(0)
+                hear(event.at_s - session.clock_s)
+            serving.cancel()
+    finally:
+        journal.close()
+    return tuple(
+        Compared(request, bus.recorded_plans.get(request), bus.plans.get(request))
+        for request in dict.fromkeys((*bus.recorded_plans, *bus.plans))
+    )
+
+
+class _Stage:
+    """The coordinator's bus: brings what was recorded, keeps what it tells."""
+
+    def __init__(self, site: str) -> None:
+        self._site = site
+        self._handlers: list[tuple[Topic[Any], Handler[Any]]] = []
+        self._transfers: dict[str, tuple[str, ...]] = {}
+        self._now: dict[str, str] = {}
+        self._recorded_transfers: dict[str, tuple[str, ...]] = {}
+        self.plans: dict[str, RoundReport] = {}
+        self.recorded_plans: dict[str, RoundReport] = {}
+
+    @property
+    def site(self) -> str:
+        return self._site
+
+    async def publish(self, topic: Topic[M], message: M, **parameters: str) -> None:  # noqa: ARG002
+        """Always at once, and always well."""
+        if isinstance(message, AnswerOrder):
+            self._transfers[message.request] = tuple(part.transfer for part in message.parts)
+            self._exchange(message.request)
+        _note(self.plans, message)
+
+    async def subscribe(self, topic: Topic[M], handler: Handler[M], **parameters: str) -> Subscription:  # noqa: ARG002
+        """The coordinator listens to all agents and all clients."""
+        self._handlers.append((topic, handler))
+        return _Listening()
+
+    def bring(self, event: Event) -> None:
+        """What was heard, to whom it may concern; of what was told, what there is to compare."""
+        if event.way == "told":
+            if isinstance(event.message, AnswerOrder):
+                parts = event.message.parts
+                self._recorded_transfers[event.message.request] = tuple(part.transfer for part in parts)
+                self._exchange(event.message.request)
+            _note(self.recorded_plans, event.message)
+            return
+        message = self._translated(event.topic, event.message)
+        for topic, handler in self._handlers:
+            if topic is event.topic:
+                handler(message, event.parameters)
+
+    def _exchange(self, request: str) -> None:
+        old, new = self._recorded_transfers.get(request, ()), self._transfers.get(request, ())
+        self._now.update(zip(old, new, strict=False))
+
+    def _translated(self, topic: Topic[Any], message: Any) -> Any:
+        if topic not in {topics.OUTCOMES, topics.TELEMETRY} or not self._now:
+            return message
+        content = msgspec.to_builtins(message, builtin_types=(bytes,))
+        return msgspec.convert(_exchanged(content, self._now), topic.message, builtin_types=(bytes,))
+
+
+class _Listening:
+    async def close(self) -> None:
+        """Nobody stops listening here."""
+
+
+def _note(plans: dict[str, RoundReport], message: object) -> None:
+    if isinstance(message, Planned):
+        plans[message.report.request] = message.report
+
+
+def _exchanged(content: Any, ids: Mapping[str, str]) -> Any:
+    """The same with these strings in place of those."""
+    if isinstance(content, dict):
+        return {name: _exchanged(value, ids) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_exchanged(value, ids) for value in content]
+    return ids.get(content, content) if isinstance(content, str) else content
