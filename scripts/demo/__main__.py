@@ -49,11 +49,15 @@ def main(
     ] = False,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Ask everything so many times.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything measured to this file.")] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option("--record", help="Record the session to this new file, for `python -m scripts.replay`."),
+    ] = None,
 ) -> None:
     """Three agents with a real model answer questions over shaped links: what travels, how big, how fast, how right."""
     logging.getLogger().addHandler(logging.NullHandler())  # what matters is printed
     try:
-        asyncio.run(_run(keep, rounds, json_file))
+        asyncio.run(_run(keep, rounds, json_file, record and record.absolute()))
     except (DemoFailed, AgentError, BusError, CoordinatorError, OSError) as error:
         console.print(f"demo: {error}")
         raise typer.Exit(1) from None
@@ -62,24 +66,26 @@ def main(
         raise typer.Exit(130) from None
 
 
-async def _run(keep: bool, rounds: int, json_file: Path | None) -> None:
+async def _run(keep: bool, rounds: int, json_file: Path | None, record: Path | None) -> None:
     start = time.monotonic()
     bundle = default_bundle()
     play = acts()
     with tempfile.TemporaryDirectory(prefix="kvbus-demo-") as temporary:
         folder = Path(temporary)
         console.print("starting an embedded broker, a coordinator, and agents pi-1, pi-2 and jetson-1 …")
-        async with stage(bundle, folder, play[0], lambda line: console.print(f"  {line}")) as running:
+        async with stage(bundle, folder, play[0], lambda line: console.print(f"  {line}"), record) as running:
             console.print(f"all ready after {time.monotonic() - start:.0f} s\n")
             played: list[Played] = []
             for act in play:
                 played += await _play(running, act, rounds, len(played) // len(POLICIES))
             console.print(_closing_table(played))
             if json_file:
-                record = msgspec.json.format(msgspec.json.encode(_record(played, start)))
-                await asyncio.to_thread(json_file.write_bytes, record)
+                measured = msgspec.json.format(msgspec.json.encode(_record(played, start)))
+                await asyncio.to_thread(json_file.write_bytes, measured)
                 console.print(f"written to {json_file}")
             console.print(f"{len(played)} questions in {time.monotonic() - start:.0f} s, start included")
+            if record:
+                console.print(f"recorded to {record}; its plans again: python -m scripts.replay plans {record}")
             if keep:
                 await _stay(running, folder)
 

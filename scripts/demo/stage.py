@@ -77,8 +77,11 @@ class Stage:
 
 
 @asynccontextmanager
-async def stage(bundle: Path, folder: Path, act: Act, say: Say) -> AsyncIterator[Stage]:
-    """Broker, coordinator and agents, all ready: models loaded, documents cached, links measured."""
+async def stage(bundle: Path, folder: Path, act: Act, say: Say, record: Path | None = None) -> AsyncIterator[Stage]:
+    """Broker, coordinator and agents, all ready: models loaded, documents cached, links measured.
+
+    record: the file that the session is recorded to.
+    """
     async with AsyncExitStack() as stack:
         programs = await stack.enter_async_context(processes(folder))
         port = free_port()
@@ -89,7 +92,8 @@ async def stage(bundle: Path, folder: Path, act: Act, say: Say) -> AsyncIterator
             f'site = "{SITE}"\nstate_folder = "{folder}"\n[broker]\nport = {port}\nbackoff_cap_s = 0.5\n'
         )
         await _until_listening(port, programs)
-        await programs.start("coordinator", ["coordinator.cli", "run", "--config", str(configuration)])
+        recorded = ["--record", str(record)] if record else []
+        await programs.start("coordinator", ["coordinator.cli", "run", "--config", str(configuration), *recorded])
         links = {}
         for agent in AGENTS:
             rate = act.rates_mbps[agent] * MEGABIT

@@ -185,6 +185,8 @@ def test_a_model_calibrated_with_itself_changes_nothing(shape: dict[str, int]) -
          {"layers": 2, "heads": 1, "entries": 4, "dim": 4, "seed": 1}, None)  # fmt: skip
 @example({"layers": 1, "heads": 1, "entries": 4, "dim": 2, "seed": 0},
          {"layers": 3, "heads": 2, "entries": 4, "dim": 6, "seed": 1}, None)  # fmt: skip
+@example({"layers": 2, "heads": 3, "entries": 1, "dim": 4, "seed": 114},
+         {"layers": 2, "heads": 1, "entries": 2, "dim": 2, "seed": 0}, "dimension")  # fmt: skip
 def test_apply_is_equation_11_in_float64_cut_or_filled_up_to_the_receivers_shape(
     sender: dict[str, int], receiver: dict[str, int], kind: Kind | None
 ) -> None:
@@ -202,7 +204,9 @@ def test_apply_is_equation_11_in_float64_cut_or_filled_up_to_the_receivers_shape
         assert np.array_equal(after.layers[index].positions, theirs.layers[source].positions)
         xs, ys = vectors([theirs], source), vectors([ours], index)
         for got, x, y in zip(vectors([after], index), xs, ys, strict=True):
-            np.testing.assert_allclose(got, by_the_paper(x, y, found.kind), rtol=1e-4, atol=1e-4)
+            # rounding of x and of the shift, in the receiver's units: much where the sender's hardly deviate
+            loss = 16 * EPS * float(np.abs(x).max() * found.scale[index].max() + np.abs(found.shift[index]).max())
+            np.testing.assert_allclose(got, by_the_paper(x, y, found.kind), rtol=1e-4, atol=1e-4 + loss)
 
 
 def by_the_paper(x: Float64, y: Float64, kind: Kind) -> Float64:
