@@ -8,7 +8,7 @@ from typing import Annotated
 import structlog
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from coordinator.errors import CoordinatorError
 from coordinator.recording import Recorded
@@ -40,12 +40,19 @@ def plans(
     except CoordinatorError as error:
         typer.echo(f"replay: {error}", err=True)
         raise typer.Exit(1) from None
-    table = Table("question", "to", "policy", "predicted E2E, s", "again", "media", "same")
+    titles = ("to", "policy", "E2E, s", "again", "media", "same")
+    table = Table(
+        Column("question", no_wrap=True, ratio=1),
+        *(Column(title, no_wrap=title != "same", min_width=len(title)) for title in titles),
+        expand=True,
+        caption="E2E as it was predicted",
+        caption_justify="left",
+    )
     for each in found:
         told = each.recorded or each.again
         media = ", ".join(dict.fromkeys(link.medium for link in told.links)) if told else ""
         table.add_row(
-            told.question[:60] if told else each.request,
+            told.question if told else each.request,
             told.receiver if told else "",
             told.policy if told else "",
             f"{each.recorded.predicted_e2e_s:.3f}" if each.recorded else "-",
