@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from scripts.link.bucket import Bucket
 from scripts.link.emulated import EmulatedLink
-from scripts.link.errors import AddressInvalid, LinkError, ListenRefused, TraceInvalid
-from scripts.link.trace import Sample, Trace, follow, read_trace
+from scripts.link.errors import AddressInvalid, LinkError, ListenRefused
+from scripts.link.following import follow
 
 __all__ = [
     "AddressInvalid",
@@ -13,9 +13,5 @@ __all__ = [
     "EmulatedLink",
     "LinkError",
     "ListenRefused",
-    "Sample",
-    "Trace",
-    "TraceInvalid",
     "follow",
-    "read_trace",
 ]

@@ -14,7 +14,8 @@ import typer
 from scripts.link.bucket import Bucket
 from scripts.link.emulated import EmulatedLink
 from scripts.link.errors import AddressInvalid, LinkError
-from scripts.link.trace import Trace, follow, read_trace
+from scripts.link.following import follow
+from scripts.traces import Trace, TraceError, read_trace
 
 _MBIT = 1e6
 _LARGEST_PORT = 65_535
@@ -87,7 +88,7 @@ def link(
             driven=trace_direction,
         )
         asyncio.run(run(setup))
-    except LinkError as error:
+    except (LinkError, TraceError) as error:
         _say(str(error))
         raise typer.Exit(1) from None
     except KeyboardInterrupt:

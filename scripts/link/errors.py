@@ -2,13 +2,10 @@
 
 LinkError
 ├── AddressInvalid     an address is not HOST:PORT
-├── ListenRefused      the emulator can't listen where it was told to
-└── TraceInvalid       a trace file can't be used; names the file and the line
+└── ListenRefused      the emulator can't listen where it was told to
 """
 
 from __future__ import annotations
-
-from pathlib import Path
 
 
 class LinkError(Exception):
@@ -29,11 +26,3 @@ class ListenRefused(LinkError):
     def __init__(self, address: str, why: str) -> None:
         super().__init__(f"can't listen on {address}: {why}; choose another address or port")
         self.address, self.why = address, why
-
-
-class TraceInvalid(LinkError):
-    """A trace file can't be used. `line` counts from 1, 0 if the whole file is meant."""
-
-    def __init__(self, path: Path, line: int, why: str) -> None:
-        super().__init__(f"{path}, line {line}: {why}" if line else f"{path}: {why}")
-        self.path, self.line, self.why = path, line, why

@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from scripts.link import Bucket, EmulatedLink, LinkError, Sample, Trace, TraceInvalid, follow, read_trace
+from scripts.link import Bucket, EmulatedLink, LinkError, follow
 from scripts.link.__main__ import address, app
-from scripts.link.trace import Direction
+from scripts.link.following import Direction
+from scripts.traces import Sample, Trace, TraceInvalid, read_trace
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -114,8 +115,8 @@ HEADER = "time_s,bandwidth_bps\n"
         ("time_s,bandwidth_bps,time_s\n0,1,0\n", ", line 1: a column stands there twice"),
         (HEADER + "0,1\n1\n", ", line 3: 1 fields, the header has 2"),
         (HEADER + "0,1\n\n1,fast\n", ", line 4: bandwidth_bps is 'fast', not a number"),
-        (HEADER + "0,-5\n", ", line 2: bandwidth_bps is -5; allowed is 0 or more"),
-        (HEADER + "0,nan\n", ", line 2: bandwidth_bps is nan; allowed is 0 or more"),
+        (HEADER + "0,-5\n", ", line 2: bandwidth_bps is -5; allowed is 0 to 1e+15"),
+        (HEADER + "0,nan\n", ", line 2: bandwidth_bps is nan; allowed is 0 to 1e+15"),
         ("time_s,bandwidth_bps,loss\n0,1,1.5\n", ", line 2: loss is 1.5; allowed is 0 to 1"),
         (HEADER + "1,1\n2,1\n", ", line 2: time_s starts at 1, not at 0"),
         (HEADER + "0,1\n0,1\n", ", line 3: time_s 0 is not one step after 0"),

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import csv
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
-from scripts.link.errors import TraceInvalid
+from scripts.traces.errors import TraceInvalid
 
-if TYPE_CHECKING:
-    from scripts.link.emulated import EmulatedLink
-
-Direction = Literal["both", "uplink", "downlink"]
-
+LARGEST_BPS = 1e15
+"""As messages have it."""
+LARGEST_FILE_BYTES = 64 * 2**20
 _REQUIRED = ("time_s", "bandwidth_bps")
 _RANGES = {
     "time_s": (0.0, math.inf),
-    "bandwidth_bps": (0.0, math.inf),
+    "bandwidth_bps": (0.0, LARGEST_BPS),
     "rtt_ms": (0.0, math.inf),
     "rssi_dbm": (-200.0, 100.0),
     "loss": (0.0, 1.0),
@@ -75,6 +71,7 @@ class Trace:
 
 def read_trace(path: Path, *, loop: bool = True) -> Trace:
     """Read a trace. Raises TraceInvalid, which names the file and the line."""
+    check_size(path)
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = [(number, row) for number, row in enumerate(csv.reader(file), start=1) if row]
@@ -90,23 +87,38 @@ def read_trace(path: Path, *, loop: bool = True) -> Trace:
     return Trace(samples, _step_s(path, [number for number, _ in rows[1:]], samples), loop)
 
 
-async def follow(link: EmulatedLink, trace: Trace, *, direction: Direction = "both") -> None:
-    """Drive a link from a trace: its rate and, where the trace has a round trip, half of that as delay each way.
+def check_size(path: Path) -> None:
+    """Raises TraceInvalid for a file that is too long to be a trace."""
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise TraceInvalid(path, 0, f"can't be read: {error.strerror}") from error
+    if size > LARGEST_FILE_BYTES:
+        raise TraceInvalid(path, 0, f"has {size} bytes, a trace may have {LARGEST_FILE_BYTES}; cut it into parts")
 
-    Loss is not replayed: TCP hides it, and the rate was measured with it. Returns after the last sample came into
-    force, never if the trace loops.
-    """
-    loop = asyncio.get_running_loop()
-    start_s = loop.time()
-    for time_s, sample in trace.steps():
-        await asyncio.sleep(start_s + time_s - loop.time())
-        rate_bps = sample.bandwidth_bps
-        link.set_rate(
-            rate_bps if direction != "downlink" else None,
-            rate_bps if direction != "uplink" else None,
-        )
-        if sample.rtt_s is not None:
-            link.set_delay(sample.rtt_s / 2)
+
+def write_trace(path: Path, trace: Trace) -> None:
+    """As `read_trace` reads it, with the columns that the samples have; the whole file or none. Raises OSError."""
+    columns = [name for name in _RANGES if any(_value(sample, name) is not None for sample in trace.samples)]
+    lines = [",".join(columns)]
+    lines += [",".join(_text(_value(sample, name)) for name in columns) for sample in trace.samples]
+    beside = path.with_name(f".{path.name}.new")
+    try:
+        beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _value(sample: Sample, name: str) -> float | None:
+    if name == "rtt_ms":
+        return None if sample.rtt_s is None else 1000 * sample.rtt_s
+    found: float | None = getattr(sample, name)
+    return found
+
+
+def _text(value: float | None) -> str:
+    return "" if value is None else f"{value:.10g}"
 
 
 def _columns(path: Path, header: Sequence[str]) -> list[str]:
