@@ -138,8 +138,8 @@ class Coordinator:
             while True:
                 await asyncio.sleep(WATCH_INTERVAL_S)
                 self._watch()
-        finally:
-            await self._stop()
+        finally:  # a task of its own: up to Python 3.11.2 time limits don't end in a task that was cancelled
+            await asyncio.create_task(self._stop(), name="stop")
 
     def _listening(self, state: BusState) -> None:
         """While the bus is not connected, nobody's silence means anything."""
