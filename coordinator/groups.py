@@ -17,7 +17,7 @@ class Groups:
 
     def __init__(self, index: Ints, count: int) -> None:
         self.index, self.count = index, count
-        self.alone = count == len(index)
+        self.alone = count == len(index) and len(np.unique(index)) == count
         """Whether nobody shares a group."""
 
     @classmethod
@@ -52,8 +52,9 @@ class Groups:
         return np.repeat(self.starts, self.sizes)
 
     def order(self, values: Floats, before: Ints | None = None) -> Ints:
-        """By group, and within one by value, (..., N) finite, to 1e-12 of the largest; what is equal as it was before.
+        """By group, and within one by value, (..., N) finite; what is equal as it was before.
 
+        Equal counts what differs by less than 1e-15 of the largest, times the number of groups.
         before: (..., N) by group; without it as they come. What is sorted by group already is sorted fast.
         """
         before = self.together if before is None else before

@@ -10,11 +10,12 @@ so that what a crash leaves can be read up to the chunk that was not yet written
 
 from __future__ import annotations
 
+import os
 import struct
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -42,6 +43,24 @@ CHUNK_BYTES = 32 * 1024
 """Before compression: what a crash can lose."""
 LARGEST_RECORD_BYTES = 64 * 2**20
 """Of a file that is read; what is longer is none of ours."""
+
+LONGEST_S = 400 * 86_400.0
+"""Of a session that is read."""
+
+_SPOILT = (
+    McapError,
+    zstandard.ZstdError,
+    struct.error,
+    ValueError,
+    OSError,
+    EOFError,
+    MemoryError,
+    OverflowError,
+    KeyError,
+    IndexError,
+    TypeError,
+)
+"""What libraries raise for bytes that are no records."""
 
 Way = Literal["heard", "told"]
 
@@ -80,7 +99,7 @@ class Recording:
         self.path, self._session = path, session
         self._channels: dict[tuple[Way, str], int] = {}
         try:
-            self._file: BufferedWriter = path.open("xb")
+            self._file: BufferedWriter = open(path, "xb", opener=_private)  # noqa: SIM115  closed by `close`
         except OSError as error:
             raise RecordingUnwritable(path, error.strerror or str(error)) from None
         self._writer = Writer(self._file, chunk_size=CHUNK_BYTES, compression=CompressionType.ZSTD)
@@ -90,12 +109,19 @@ class Recording:
             self._writer.add_metadata(SESSION, {"version": str(VERSION), "session": told})
             self._file.flush()
         except OSError as error:
+            with suppress(OSError):
+                self._file.close()
+            path.unlink(missing_ok=True)
             raise RecordingUnwritable(path, error.strerror or str(error)) from None
 
     @classmethod
     def named(cls, path: Path, session: Session) -> Self:
         """Of that name, or in that folder under the site's name and the time. Raises RecordingUnwritable."""
-        if path.is_dir():
+        try:
+            folder = path.is_dir()
+        except OSError as error:
+            raise RecordingUnwritable(path, error.strerror or str(error)) from None
+        if folder:
             began = time.strftime("%Y%m%d-%H%M%S", time.localtime(session.began_s))
             path /= f"{session.site}-{began}{SUFFIX}"
         return cls(path, session)
@@ -117,8 +143,8 @@ class Recording:
         """With indexes, so that other tools find their way fast. Raises RecordingUnwritable."""
         try:
             if not self._file.closed:
-                self._writer.finish()  # type: ignore[no-untyped-call]
-                self._file.close()
+                with self._file:
+                    self._writer.finish()  # type: ignore[no-untyped-call]
         except OSError as error:
             raise RecordingUnwritable(self.path, error.strerror or str(error)) from None
 
@@ -184,7 +210,7 @@ class Recorded:
             raise RecordingInvalid(self.path, f"it has version {version or '?'}, this program reads {VERSION}")
         try:
             return msgspec.json.decode(record.metadata.get("session", ""), type=Session)
-        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
             raise RecordingInvalid(self.path, f"session: {error}") from None
 
     def _event(self, record: Message, way: Way, topic: Topic[Any]) -> Event:
@@ -196,20 +222,22 @@ class Recorded:
             )
         except (ValueError, TypeError, KeyError, RecursionError, msgpack.UnpackException) as error:
             raise RecordingInvalid(self.path, f"a message of {topic.pattern}: {error}") from None
-        at_s = record.log_time / 1e9 - self.session.began_s + self.session.clock_s
-        return Event(at_s, way, topic, parameters, message)
+        if set(parameters) != set(topic.names) - {"site"}:
+            raise RecordingInvalid(self.path, f"a message of {topic.pattern} has other parameters")
+        since_s = record.log_time / 1e9 - self.session.began_s
+        if not -1 <= since_s <= LONGEST_S:
+            raise RecordingInvalid(self.path, f"a message {since_s:.0f} s after its beginning")
+        return Event(since_s + self.session.clock_s, way, topic, parameters, message)
 
     def _read(self) -> Generator[object]:
         """Records, those of chunks too, until the end or where the file is cut or spoilt."""
         with self._file as file:
-            reader = StreamReader(file, emit_chunks=True, record_size_limit=LARGEST_RECORD_BYTES)
+            bounded: Any = _Bounded(file)
+            reader = StreamReader(bounded, emit_chunks=True, record_size_limit=LARGEST_RECORD_BYTES)
             try:
                 for record in reader.records:
-                    if isinstance(record, Chunk) and record.uncompressed_size > LARGEST_RECORD_BYTES:
-                        self.cut = f"it is spoilt: a chunk of {record.uncompressed_size} bytes"
-                        return
                     if isinstance(record, Chunk):
-                        yield from breakup_chunk(record, validate_crc=True)
+                        yield from breakup_chunk(_unpacked(record), validate_crc=True)
                     elif isinstance(record, DataEnd):
                         return
                     else:
@@ -217,5 +245,42 @@ class Recorded:
                 self.cut = "it ends without an end"
             except EndOfFile:
                 self.cut = "it was cut short, as by a crash"
-            except (McapError, zstandard.ZstdError, ValueError, OSError, EOFError, struct.error) as error:
-                self.cut = f"it is spoilt: {' '.join(str(error).split())}"
+            except _SPOILT as error:
+                self.cut = f"it is spoilt: {' '.join(str(error).split()) or type(error).__name__}"
+
+
+class _Bounded:
+    """A file of which no more is read at once than a record may have, whatever lengths it claims."""
+
+    def __init__(self, file: BufferedReader) -> None:
+        self._file = file
+
+    def read(self, count: int = -1) -> bytes:
+        """Raises ValueError for more, EndOfFile where there is not so much."""
+        if not 0 <= count <= LARGEST_RECORD_BYTES:
+            raise ValueError(f"a record of {count} bytes")
+        data = self._file.read(count)
+        if len(data) < count:
+            raise EndOfFile
+        return data
+
+
+def _unpacked(chunk: Chunk) -> Chunk:
+    """The same, not compressed. Raises ValueError if it is larger than it says or than a record may be."""
+    if chunk.compression not in {"", "zstd"}:
+        raise ValueError(f"a chunk compressed by {chunk.compression!r}")
+    size = chunk.uncompressed_size
+    if size > LARGEST_RECORD_BYTES:
+        raise ValueError(f"a chunk of {size} bytes")
+    if not chunk.compression:
+        return chunk
+    with zstandard.ZstdDecompressor(max_window_size=LARGEST_RECORD_BYTES).stream_reader(chunk.data) as stream:
+        data = stream.read(size + 1)
+    if len(data) != size:
+        raise ValueError(f"a chunk that says it has {size} bytes")
+    return replace(chunk, compression="", data=data)
+
+
+def _private(path: str, flags: int) -> int:
+    """Questions, texts and answers are nobody else's."""
+    return os.open(path, flags, 0o600)

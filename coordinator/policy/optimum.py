@@ -202,7 +202,7 @@ class Candidate(NamedTuple):
 
 
 def soonest(shares: Shares, own: Floats, rungs: Ints, unless: Candidate | None = None) -> Candidate:
-    """Of these choices, (M, K) each, the first of least min-max T; the other if none is earlier than it."""
+    """Of these choices, (M, K) each, the first of least min-max T; the other if that is earlier."""
     rows = shares.rows(own, rungs)
     ends_s = shares.ends(rows, unless.within_s if unless else np.inf)
     best = ends_s.argmin()

@@ -35,6 +35,8 @@ def raise_rungs(shares: Shares, base: Allocation, round_s: float = 0.0) -> Alloc
     within_s = limits_s - np.minimum(KEPT * spare_s, KEPT_AT_MOST * limits_s)
     ladders, links = shares.table.ladders, np.arange(shares.table.count)
     needs, rungs, steps = _Needs(shares, base.own, within_s), base.rungs, [base.rungs]
+    if not needs.held(rungs):  # several requests of one receiver, or receivers of one channel, need all of it
+        needs = _Needs(shares, base.own, limits_s)
     rates = needs.at(rungs)
     climbing = base.carries & (rungs < ladders.top)
     while climbing.any():
@@ -43,8 +45,9 @@ def raise_rungs(shares: Shares, base: Allocation, round_s: float = 0.0) -> Alloc
         higher = needs.climbed(rungs, rates, lossiest)
         higher, rates = needs.paid(rungs, higher)
         climbing &= (~lossiest | (higher > rungs)) & (higher < ladders.top)
+        if np.any(higher > rungs):
+            steps.append(higher)
         rungs = higher
-        steps.append(rungs)
     return _highest(shares, base, steps, needs, limits_s)
 
 
@@ -78,6 +81,11 @@ class _Needs:
         if self._timing is None or not np.array_equal(self._coding, coding):
             self._coding, self._timing = coding, self._shares.timing(self._own, encode_s, decode_s, self._texts)
         return self._timing.rows(self._shares.table, token_bits)
+
+    def held(self, rungs: Ints) -> bool:
+        """Whether there are such rates, and channels hold them."""
+        table, rates = self._shares.table, self.at(rungs)
+        return bool(np.isfinite(rates).all()) and bool(np.all(table.used(rates) <= table.free * (1 + ROUNDING)))
 
     def climbed(self, rungs: Ints, rates: Floats, who: Flags) -> Ints:
         """The rungs when of `who` those climb by one, in their order, whose channels and receivers hold it.

@@ -190,7 +190,9 @@ class Relaxed(Programme):
         """Of each receiver the tokens that spare it so many seconds at the least cost, the last one in part."""
         receivers = self._table.receivers
         gains_s = self._gain_s * most
-        order = self._ordered(np.divide(costs, self._gain_s, out=np.zeros_like(costs), where=self._open))
+        # those that can't be used by then would cost so much that the others' ratios were lost beside theirs
+        usable = self._open & (most > 0)
+        order = self._ordered(np.divide(costs, self._gain_s, out=np.zeros_like(costs), where=usable))
         still_s = wanted_s[receivers.index] - receivers.before(gains_s, order)
         taken_s = np.clip(still_s, 0.0, np.maximum(gains_s, 0.0))
         sparing = self._open & (taken_s > 0)

@@ -56,6 +56,9 @@ def main(
 ) -> None:
     """Three agents with a real model answer questions over shaped links: what travels, how big, how fast, how right."""
     logging.getLogger().addHandler(logging.NullHandler())  # what matters is printed
+    if record and record.exists():
+        console.print(f"demo: {record} exists already; name another file to record to")
+        raise typer.Exit(1)
     try:
         asyncio.run(_run(keep, rounds, json_file, record and record.absolute()))
     except (DemoFailed, AgentError, BusError, CoordinatorError, OSError) as error:
@@ -84,10 +87,10 @@ async def _run(keep: bool, rounds: int, json_file: Path | None, record: Path | N
                 await asyncio.to_thread(json_file.write_bytes, measured)
                 console.print(f"written to {json_file}")
             console.print(f"{len(played)} questions in {time.monotonic() - start:.0f} s, start included")
-            if record:
-                console.print(f"recorded to {record}; its plans again: python -m scripts.replay plans {record}")
             if keep:
                 await _stay(running, folder)
+        if record:
+            console.print(f"recorded to {record}; its plans again: python -m scripts.replay plans {record}")
 
 
 async def _play(running: Stage, act: Act, rounds: int, asked: int) -> list[Played]:

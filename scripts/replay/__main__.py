@@ -9,6 +9,7 @@ import structlog
 import typer
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from coordinator.errors import CoordinatorError
 from coordinator.recording import Recorded
@@ -52,13 +53,13 @@ def plans(
         told = each.recorded or each.again
         media = ", ".join(dict.fromkeys(link.medium for link in told.links)) if told else ""
         table.add_row(
-            told.question if told else each.request,
+            Text(told.question if told else each.request),
             told.receiver if told else "",
             told.policy if told else "",
             f"{each.recorded.predicted_e2e_s:.3f}" if each.recorded else "-",
             f"{each.again.predicted_e2e_s:.3f}" if each.again else "-",
             media,
-            each.difference or "yes",
+            Text(each.difference or "yes"),
         )
     console.print(table)
     differ = sum(bool(each.difference) for each in found)

@@ -49,6 +49,8 @@ class Compared:
         """The first thing that differs, or ""."""
         if self.recorded is None or self.again is None:
             return "" if self.recorded is self.again else "only one of them has a plan"
+        if self.recorded.policy != self.again.policy:
+            return f"policy {self.recorded.policy}, again {self.again.policy}"
         if len(self.recorded.links) != len(self.again.links):
             return f"{len(self.recorded.links)} links, again {len(self.again.links)}"
         for one, other in zip(self.recorded.links, self.again.links, strict=True):
@@ -75,8 +77,7 @@ def plans_again(recorded: Recorded, hear: Callable[[float], None] = lambda _: No
     Raises RecordingInvalid.
     """
     with TemporaryDirectory() as folder:
-        start_s = recorded.session.clock_s
-        return run_virtual(_again(recorded, Path(folder), hear), limit_s=None, start_s=start_s)
+        return run_virtual(_again(recorded, Path(folder), hear), limit_s=None)
 
 
 async def _again(recorded: Recorded, folder: Path, hear: Callable[[float], None]) -> tuple[Compared, ...]:
@@ -86,15 +87,18 @@ async def _again(recorded: Recorded, folder: Path, hear: Callable[[float], None]
     journal = Journal(folder / "rounds.jsonl")
     try:
         await coordinator.join(bus, journal, learned=session.learned)
-        async with asyncio.TaskGroup() as group:
-            serving = group.create_task(coordinator.serve())
+        serving = asyncio.create_task(coordinator.serve())
+        try:
             for event in recorded:
-                await asyncio.sleep(event.at_s - clock())
+                since_s = event.at_s - session.clock_s
+                await asyncio.sleep(since_s - clock())
                 bus.bring(event)
                 for _ in range(TURNS):
                     await asyncio.sleep(0)
-                hear(event.at_s - session.clock_s)
+                hear(since_s)
+        finally:
             serving.cancel()
+            await asyncio.wait({serving})
     finally:
         journal.close()
     return tuple(

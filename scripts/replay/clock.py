@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import selectors
 from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
@@ -49,7 +50,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return self._now_s
 
     def _advance(self, seconds: float) -> None:
-        self._now_s += max(seconds, 1e-9)
+        self._now_s = max(self._now_s + max(seconds, 1e-9), math.nextafter(self._now_s, math.inf))
 
 
 def run_virtual(main: Coroutine[Any, Any, T], *, limit_s: float | None = 3_600.0, start_s: float = 0.0) -> T:

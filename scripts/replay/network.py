@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -48,11 +49,15 @@ class Channel:
         if self.steady or not isinstance(self.rate, Trace):
             return math.inf
         trace, rate_bps = self.rate, self.bps(now_s)
-        step = math.floor((now_s + SLIGHTLY_S) / trace.step_s) + 1
-        while trace.loop or step < len(trace.samples):
-            if trace.samples[step % len(trace.samples)].bandwidth_bps != rate_bps:
-                return step * trace.step_s
-            step += 1
+        lap = math.floor((now_s + SLIGHTLY_S) / trace.duration_s) if trace.loop else 0
+        within_s = now_s + SLIGHTLY_S - lap * trace.duration_s
+        index = bisect_right(trace.samples, within_s, key=lambda sample: sample.time_s)
+        while trace.loop or index < len(trace.samples):
+            if index == len(trace.samples):
+                lap, index = lap + 1, 0
+            if trace.samples[index].bandwidth_bps != rate_bps:
+                return lap * trace.duration_s + trace.samples[index].time_s
+            index += 1
         return math.inf
 
 
@@ -213,7 +218,8 @@ def _reached(channels: Iterable[Channel]) -> Iterator[Channel]:
             continue
         seen[channel] = None
         yield channel
-        left += [other for flow in channel.flows if not flow.waits for other in flow.ways]
+        # one that has just run dry still holds its rate on its other channels
+        left += [other for flow in channel.flows if not flow.waits or flow.rate_bps > 0 for other in flow.ways]
 
 
 def _shared(channels: Iterable[Channel], flows: list[Flow], now_s: float) -> dict[Flow, float]:

@@ -12,6 +12,7 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from scripts.traces.errors import TraceError
 from scripts.traces.generate import KINDS, Made, made
@@ -20,6 +21,7 @@ from scripts.traces.session import read_session
 from scripts.traces.trace import Trace, read_trace, write_trace
 
 MBIT = 1e6
+MOST_DRAWN = 40
 OUT_BPS = 1e5
 """Below it a link counts as out in what is shown."""
 
@@ -78,7 +80,16 @@ def from_session(
     step_s: Step = 1.0,
 ) -> None:
     """Take a trace out of a recorded session: what an agent measured of its link."""
-    _write(output, lambda: read_session(file, agent, direction.value, step_s=step_s))
+    cut = ""
+
+    def read() -> Trace:
+        nonlocal cut
+        trace, cut = read_session(file, agent, direction.value, step_s=step_s)
+        return trace
+
+    _write(output, read)
+    if cut:
+        console.print(f"{file}: {cut}; the trace goes up to there", markup=False)
 
 
 @app.command()
@@ -87,10 +98,10 @@ def show(
     picture: Annotated[Path | None, typer.Option(help="Draw them to this PNG, too.")] = None,
 ) -> None:
     """Show what traces are like: how long, how fast, how often out."""
-    found: dict[str, Trace] = {}
+    found: list[tuple[str, Trace]] = []
     for file in files:
         try:
-            found[file.stem] = read_trace(file)
+            found.append((file.stem, read_trace(file)))
         except TraceError as error:
             _fail(str(error))
     numbers = ("seconds", "mean", "p10", "median", "max", "out", "RTT, ms")
@@ -102,16 +113,18 @@ def show(
         caption=f"rates in Mbit/s; out: share of the time below {OUT_BPS / MBIT:g}",
         caption_justify="left",
     )
-    for name, trace in found.items():
-        table.add_row(name, *_numbers(trace))
+    for name, trace in found:
+        table.add_row(Text(name), *_numbers(trace))
     console.print(table)
     if picture is not None:
         from scripts.traces.plots import draw  # noqa: PLC0415  matplotlib takes a second
 
+        if len(found) > MOST_DRAWN:
+            _fail(f"a picture has room for {MOST_DRAWN} traces, not {len(found)}")
         try:
             draw(found, picture)
-        except OSError as error:
-            _fail(f"{picture}: {error.strerror or error}")
+        except (OSError, ValueError) as error:  # the latter for a format that is none
+            _fail(f"{picture}: {getattr(error, 'strerror', None) or error}")
         console.print(f"drawn to {picture}", markup=False)
 
 
@@ -128,9 +141,9 @@ def _numbers(trace: Trace) -> tuple[str, ...]:
 
 
 def _write(output: Path, read: Callable[[], Trace]) -> None:
-    if output.exists():
-        _fail(f"{output} exists already; name another file")
     try:
+        if output.exists():
+            _fail(f"{output} exists already; name another file")
         trace = read()
         write_trace(output, trace)
     except (TraceError, ValueError) as error:

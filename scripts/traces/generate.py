@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from scripts.traces.trace import LARGEST_BPS, Sample, Trace
+from scripts.traces.trace import LARGEST_BPS, MOST_ROWS, Sample, Trace
 
 Floats = NDArray[np.float64]
 
@@ -50,9 +50,10 @@ def made(terms: Made) -> Trace:
     """The trace. Raises ValueError for terms that make none."""
     if terms.kind not in KINDS:
         raise ValueError(f"no trace is of the kind {terms.kind}; there are {', '.join(KINDS)}")
-    count = round(terms.duration_s / terms.step_s) if terms.step_s > 0 else 0
-    if not 1 <= count <= 1_000_000:
-        raise ValueError(f"{terms.duration_s:g} s in steps of {terms.step_s:g} s are not 1 to 1,000,000 steps")
+    steps = terms.duration_s / terms.step_s if terms.step_s > 0 else 0.0
+    if not 0.5 < steps <= MOST_ROWS:  # nor is nan
+        raise ValueError(f"{terms.duration_s:g} s in steps of {terms.step_s:g} s are not 1 to {MOST_ROWS:,} steps")
+    count = round(steps)
     if not 0 < terms.median_bps <= LARGEST_BPS / 1e3 or not 0 <= terms.rtt_s <= 60:
         raise ValueError("a median rate is above 0 bit/s and at most 1e12, a round trip from 0 to 60 s")
     dice = np.random.default_rng((terms.seed, list(KINDS).index(terms.kind)))

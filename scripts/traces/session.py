@@ -11,13 +11,14 @@ from broker_config.messages import Telemetry
 from coordinator.errors import RecordingInvalid
 from coordinator.recording import Recorded
 from scripts.traces.errors import TraceInvalid
-from scripts.traces.trace import Sample, Trace
+from scripts.traces.trace import MOST_ROWS, Sample, Trace
 
 Way = Literal["uplink", "downlink"]
 
 
-def read_session(path: Path, agent: str, way: Way, *, step_s: float = 1.0, loop: bool = True) -> Trace:
-    """An agent's measured rate each way, and its round trip, held until the next report, from its first one on.
+def read_session(path: Path, agent: str, way: Way, *, step_s: float = 1.0, loop: bool = True) -> tuple[Trace, str]:
+    """An agent's measured rate one way, and its round trip, held until the next report, from its first one on; and how
+    the recording ended too early, or "".
 
     Raises TraceInvalid: for a file that is no session, or one in which the agent measured nothing.
     """
@@ -26,7 +27,9 @@ def read_session(path: Path, agent: str, way: Way, *, step_s: float = 1.0, loop:
         events = [
             (event.at_s, event.message)
             for event in recorded
-            if event.topic is topics.TELEMETRY and event.way == "heard"
+            if event.topic is topics.TELEMETRY
+            and event.way == "heard"
+            and event.parameters["agent"] == event.message.agent
         ]
     except RecordingInvalid as error:
         raise TraceInvalid(path, 0, error.why) from None
@@ -42,11 +45,18 @@ def read_session(path: Path, agent: str, way: Way, *, step_s: float = 1.0, loop:
         raise TraceInvalid(path, 0, f"{agent} had not measured its {way} when it ended")
     start_s, last_s = points[0][0], points[-1][0]
     times_s = [at_s for at_s, _ in points]
+    count = max(1, round((last_s - start_s) / step_s))
+    if count > MOST_ROWS:
+        raise TraceInvalid(
+            path, 0, f"would be {count:,} rows of {step_s:g} s, {MOST_ROWS:,} at most; take longer steps"
+        )
+    rtt_s = next((found.rtt_s for _, found in points if found.rtt_s is not None), None)
     samples = []
-    for index in range(max(1, round((last_s - start_s) / step_s))):
+    for index in range(count):
         found = points[bisect_right(times_s, start_s + index * step_s) - 1][1]
-        samples.append(Sample(index * step_s, found.bandwidth_bps, found.rtt_s))
-    return Trace(tuple(samples), step_s, loop)
+        rtt_s = rtt_s if found.rtt_s is None else found.rtt_s
+        samples.append(Sample(index * step_s, found.bandwidth_bps, rtt_s))
+    return Trace(tuple(samples), step_s, loop), recorded.cut
 
 
 def _sample(telemetry: Telemetry, way: Way) -> Sample | None:

@@ -14,6 +14,8 @@ from scripts.traces.errors import TraceInvalid
 LARGEST_BPS = 1e15
 """As messages have it."""
 LARGEST_FILE_BYTES = 64 * 2**20
+MOST_ROWS = 1_000_000
+"""Of a trace that is made or brought in."""
 _REQUIRED = ("time_s", "bandwidth_bps")
 _RANGES = {
     "time_s": (0.0, math.inf),

@@ -15,12 +15,13 @@ from broker_config.messages import LinkReport, Rung
 from coordinator.errors import PolicyUnknown, RequestImpossible
 from coordinator.latency import Scenario
 from coordinator.policy import POLICIES, PressureCaps, get_policy
-from coordinator.policy.optimum import optimum
+from coordinator.policy.optimum import OptimumPolicy, optimum
 from coordinator.policy.raising import SLIGHTLY, raise_rungs
 from coordinator.policy.rungs import allowed_rungs, named_rung, why_no_rung
 from coordinator.policy.shares import Shares
 from scripts.policies.scenarios import Network, random_round
 from tests.coordinator.builders import CAPS, LADDER, make_link, random_scenario, scenario_of
+from tests.coordinator.wild import wild_scenario
 
 
 def with_deadline(scenario: Scenario, deadline_s: float) -> Scenario:
@@ -224,3 +225,21 @@ def test_a_receiver_whose_rungs_cannot_climb_holds_no_other_back(seed: int) -> N
         alone = Shares(replace(scenario, links=links, requests=(terms,)))
         by_itself = raise_rungs(alone, alone.allocate(np.zeros(len(mine))), base.e2e_s)
         assert raised.rungs[mine].tolist() == by_itself.rungs.tolist()
+
+
+def test_what_is_kept_of_the_time_left_does_not_keep_rungs_from_climbing() -> None:
+    """Several requests at one receiver need all of it: their limits are the receiver's, what is left their own."""
+    shares = Shares(replace(wild_scenario(3, complete=True), tie_fraction=0.0))
+    chosen = OptimumPolicy().choose(shares)
+    assert np.any(raise_rungs(shares, chosen).rungs > chosen.rungs)
+
+
+def test_one_slow_sender_leaves_the_order_of_all_others_alone() -> None:
+    """A link that can't be used by T would cost a billion times what others do: their order must not be lost by it."""
+    scenario = random_round(1, Network.CELL, 300)
+    speed = scenario.links[0].sender_speed
+    assert speed is not None
+    slow = msgspec.structs.replace(speed, prefill_tps=1.0)
+    links = (replace(scenario.links[0], cached=False, sender_speed=slow), *scenario.links[1:])
+    spoilt = optimum(Shares(replace(scenario, links=links)))
+    assert spoilt.within_s <= 25.3  # with their order lost: 25.73

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import tracemalloc
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import msgpack
+import msgspec
 import pytest
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mcap.data_stream import RecordBuilder
+from mcap.opcode import Opcode
 from mcap.reader import make_reader
+from mcap.records import Chunk
 from mcap.writer import Writer
+from typer.testing import CliRunner
 
 from broker_config import topics
 from broker_config.messages import AnswerOrder, Ended, Planned, SendOrder
@@ -22,6 +29,7 @@ from coordinator.errors import RecordingInvalid, RecordingUnwritable
 from coordinator.recorder import RecordedBus
 from coordinator.recording import Event, Recorded, Recording, Session
 from coordinator.settings import CoordinatorSettings, PlanningSettings
+from scripts.replay.__main__ import app
 from scripts.replay.clock import run_virtual
 from tests.coordinator.builders import presence, telemetry
 from tests.coordinator.site import FakeSite, answered, fake_site, question
@@ -119,6 +127,7 @@ def test_cut_anywhere_it_is_read_up_to_there(tmp_path: Path, share: float) -> No
     found, why = read(part)
     check_same(found, EVENTS[: len(found)])
     assert why or len(found) == len(EVENTS)
+    assert len(found) >= (share - 0.5) * len(EVENTS)
     assert "\n" not in why
 
 
@@ -164,6 +173,110 @@ def test_what_is_no_session_is_refused_in_one_line(tmp_path: Path, make: Callabl
         list(Recorded(path))
     assert "\n" not in str(refused.value)
     assert str(path) in str(refused.value)
+
+
+def _spoilt(path: Path, *, claims: int, data: bytes, compression: str = "zstd") -> Path:
+    """A recording with a chunk that is not what it says."""
+    chunk = Chunk(
+        compression=compression,
+        data=data,
+        message_start_time=0,
+        message_end_time=0,
+        uncompressed_crc=0,
+        uncompressed_size=claims,
+    )
+    whole = written(path, EVENTS[:1]).read_bytes()
+    builder = RecordBuilder()
+    chunk.write(builder)
+    begin = whole.index(bytes([Opcode.CHUNK]), whole.index(b'"planning"'))
+    path.write_bytes(whole[:begin] + builder.end())  # type: ignore[no-untyped-call]
+    return path
+
+
+@pytest.mark.parametrize(
+    ("claims", "data", "compression", "why"),
+    [
+        (10, zstandard.compress(bytes(2**28)), "zstd", "says it has 10 bytes"),
+        (2**40, b"", "zstd", "a chunk of 1099511627776 bytes"),
+        (10, b"", "lz4", "compressed by 'lz4'"),
+        (10, b"no zstd", "zstd", "spoilt"),
+        (9, bytes([Opcode.MESSAGE]) + (2**62).to_bytes(8, "little"), "", "it "),
+        (9, bytes([Opcode.MESSAGE]) + (2**63 + 5).to_bytes(8, "little"), "", "it "),
+    ],
+)
+def test_a_chunk_that_is_not_what_it_says_ends_the_reading_in_little_memory(
+    tmp_path: Path, claims: int, data: bytes, compression: str, why: str
+) -> None:
+    path = _spoilt(tmp_path / "a.mcap", claims=claims, data=data, compression=compression)
+    tracemalloc.start()
+    found, cut = read(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == []
+    assert why in cut
+    assert "\n" not in cut
+    assert peak < 2**27
+
+
+def _with(path: Path, at_s: float, topic: str, content: object) -> Path:
+    """A recording with one message that no coordinator would have recorded."""
+    with path.open("wb") as file:
+        writer = Writer(file)
+        writer.start()
+        metadata = {"version": "1", "session": msgspec.json.encode(SESSION).decode()}
+        writer.add_metadata(recording.SESSION, metadata)
+        channel = writer.register_channel(topic=topic, message_encoding="msgpack", schema_id=0)
+        at_ns = int((SESSION.began_s + at_s) * 1e9)
+        writer.add_message(channel, log_time=at_ns, publish_time=at_ns, data=msgpack.packb(content))
+        writer.finish()  # type: ignore[no-untyped-call]
+    return path
+
+
+GOOD = msgspec.to_builtins(telemetry("pi-1"))
+
+
+@pytest.mark.parametrize(
+    ("at_s", "content", "why"),
+    [
+        (1, {"parameters": {"agent": "pi-1"}, "message": {"x": 1}}, "a message of kvbus/{site}/agents/{agent}/tele"),
+        (1, {"parameters": {}, "message": GOOD}, "other parameters"),
+        (1, {"parameters": {"agent": 1}, "message": GOOD}, "a message of"),
+        (1, [], "a message of"),
+        (9e8, {"parameters": {"agent": "pi-1"}, "message": GOOD}, "900000000 s after its beginning"),
+        (-50, {"parameters": {"agent": "pi-1"}, "message": GOOD}, "-50 s after its beginning"),
+    ],
+)
+def test_a_message_that_is_none_is_refused_in_one_line(tmp_path: Path, at_s: float, content: object, why: str) -> None:
+    path = _with(tmp_path / "a.mcap", at_s, topics.TELEMETRY.pattern, content)
+    found, told = read(path)
+    assert found == []
+    assert why in told
+    assert "\n" not in told
+    done = CliRunner().invoke(app, ["plans", str(path)])
+    assert done.exit_code == 1
+    assert done.stderr.startswith("replay: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_topics_of_a_later_version_are_passed_over(tmp_path: Path) -> None:
+    assert read(_with(tmp_path / "a.mcap", 1, "kvbus/{site}/weather", [])) == ([], "")
+
+
+def test_a_recording_that_cannot_begin_leaves_no_file(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        with pytest.raises(RecordingUnwritable, match="File too large"):
+            Recording(tmp_path / "a.mcap", SESSION)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "a.mcap").exists()
+    with pytest.raises(RecordingUnwritable, match="too long"):
+        Recording.named(tmp_path / ("n" * 300), SESSION)
+
+
+def test_nobody_else_reads_it(tmp_path: Path) -> None:
+    assert written(tmp_path / "a.mcap").stat().st_mode & 0o077 == 0
 
 
 def test_an_existing_file_is_never_touched(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -227,6 +228,41 @@ def test_a_network_moves_what_the_same_one_in_small_steps_moves(
     expected = by_small_steps(rates, sent, until_s, step_s)
     # each change of rates may be seen a step late, and what one gets another lacks
     assert play(story) == pytest.approx(expected, rel=0.01, abs=5 * MBIT * step_s * (4 + 2 * len(sent)))
+
+
+@pytest.mark.parametrize("order", list(permutations("abc")))
+@pytest.mark.parametrize("stepping", [False, True])
+def test_what_ends_in_one_instant_frees_all_its_channels(order: Sequence[str], stepping: bool) -> None:
+    """b passes both channels and ends when a does, or when x has another rate; c must have y to itself then."""
+
+    async def story() -> float:
+        x = trace([2 * MBIT, 3 * MBIT], loop=False) if stepping else 2 * MBIT
+        network = Network({"x": x, "y": 2 * MBIT})
+        sent = {"a": (["x"], 1 * MBIT), "b": (["x", "y"], 1 * MBIT), "c": (["y"], 5 * MBIT)}
+        flows = {name: network.flow(sent[name][0]) for name in order}
+        for name in order:
+            flows[name].add(sent[name][1])
+        await flows["c"].moved(5 * MBIT)
+        return now_s()
+
+    assert play(story) == pytest.approx(1 + 4 / 2)
+
+
+def test_a_grid_that_is_not_quite_even_is_followed_by_its_own_times() -> None:
+    times = [0.0, 1.009, *(1.009 + second for second in range(1, 400))]
+    rates = [(1 + index // 10 % 2) * MBIT for index in range(len(times))]
+    uneven = Trace(tuple(map(Sample, times, rates)), 1.009, loop=False)
+    bits = float(np.dot(np.diff(times), rates[:-1]))
+    assert when_moved(uneven, bits) == pytest.approx(times[-1], abs=1e-3)
+
+
+def test_time_passes_on_a_machine_that_has_been_up_for_years() -> None:
+    async def story() -> float:
+        for _ in range(5):
+            await asyncio.sleep(0.5)
+        return now_s()
+
+    assert run_virtual(story(), start_s=1e8) == pytest.approx(1e8 + 2.5, abs=1e-3)
 
 
 @pytest.mark.parametrize("rate", [-1.0, math.nan, math.inf])

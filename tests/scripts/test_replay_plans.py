@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from broker_config.messages import AnswerOrder, Planned, SendOrder, SendProgress
+from broker_config.messages import AnswerOrder, Ask, Planned, SendOrder, SendProgress
 from coordinator import recording
 from coordinator.recording import Recorded, Recording
 from coordinator.settings import CoordinatorSettings, PlanningSettings
@@ -91,6 +92,20 @@ def test_the_command_says_how_many_are_the_same(session: Path, tmp_path: Path) -
     assert none.stderr.strip() == (
         f"replay: {tmp_path / 'none.mcap'} can't be read as a recorded session: No such file or directory"
     )
+
+
+def test_questions_may_hold_whatever_people_write(session: Path, tmp_path: Path) -> None:
+    """The table is no markup."""
+    made = Recording(tmp_path / "b.mcap", (recorded := Recorded(session)).session)
+    for event in recorded:
+        if isinstance(event.message, Ask):
+            message = msgspec.structs.replace(event.message, question="[/INST] now?")
+            event = replace(event, message=message)  # noqa: PLW2901
+        made.add(event)
+    made.close()
+    shown = CliRunner().invoke(app, ["plans", str(made.path)])
+    assert shown.exit_code == 0, shown.output
+    assert f"{QUESTIONS} of {QUESTIONS} plans are the same" in shown.output
 
 
 def test_a_plan_that_only_one_run_has_is_a_difference(session: Path) -> None:

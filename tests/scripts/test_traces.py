@@ -171,21 +171,55 @@ def test_what_is_no_trace_of_mahimahi_is_refused_by_line(tmp_path: Path, text: s
     assert len(str(refused.value)) < 300
 
 
-def session(path: Path, uplinks: list[float | None]) -> Path:
+def session(path: Path, uplinks: list[float | None], rtts_s: list[float | None] | None = None) -> Path:
     """One report of pi-1 a second; the uplink is not measured where there is no rate."""
     made_of = Recording(path, Session(site="home", began_s=1.7e9, clock_s=5.0))
     for second, bps in enumerate(uplinks):
-        message = telemetry("pi-1", 1, second, link=LinkQuality(round_trip_s=0.02, uplink_bps=bps))
+        rtt_s = rtts_s[second] if rtts_s else 0.02
+        message = telemetry("pi-1", 1, second, link=LinkQuality(round_trip_s=rtt_s, uplink_bps=bps))
         made_of.add(Event(5.0 + second, "heard", topics.TELEMETRY, {"agent": "pi-1"}, message))
     made_of.close()
     return path
 
 
 def test_a_recorded_session_is_a_trace_of_what_an_agent_measured(tmp_path: Path) -> None:
-    trace = read_session(session(tmp_path / "a.mcap", [None, None, 1e6, 2e6, None, 3e6]), "pi-1", "uplink")
+    trace, cut = read_session(session(tmp_path / "a.mcap", [None, None, 1e6, 2e6, None, 3e6]), "pi-1", "uplink")
+    assert not cut
     assert [sample.bandwidth_bps for sample in trace.samples] == [1e6, 2e6, 2e6]
-    fine = read_session(tmp_path / "a.mcap", "pi-1", "uplink", step_s=0.5)
+    fine, _ = read_session(tmp_path / "a.mcap", "pi-1", "uplink", step_s=0.5)
     assert [sample.bandwidth_bps for sample in fine.samples] == [1e6, 1e6, 2e6, 2e6, 2e6, 2e6]
+
+
+@pytest.mark.parametrize(
+    ("rtts_s", "expected"),
+    [([None, 0.02, None, 0.03], [0.02, 0.02, 0.02]), ([None] * 4, [None] * 3)],
+)
+def test_round_trips_that_are_not_known_yet_leave_no_holes(
+    tmp_path: Path, rtts_s: list[float | None], expected: list[float | None]
+) -> None:
+    trace, _ = read_session(session(tmp_path / "a.mcap", [1e6] * 4, rtts_s), "pi-1", "uplink")
+    write_trace(tmp_path / "a.csv", trace)
+    assert [sample.rtt_s for sample in read_trace(tmp_path / "a.csv").samples] == expected
+
+
+def test_a_session_that_was_cut_gives_a_trace_up_to_there_and_says_so(tmp_path: Path) -> None:
+    whole = session(tmp_path / "a.mcap", [1e6 + second for second in range(400)])
+    part = tmp_path / "part.mcap"
+    part.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    done = RUN.invoke(app, ["from-session", str(part), "pi-1", str(tmp_path / "a.csv")])
+    assert done.exit_code == 0, done.output
+    assert "it was cut short, as by a crash; the trace goes up to there" in " ".join(done.output.split())
+    assert len(read_trace(tmp_path / "a.csv").samples) < 400
+
+
+def test_traces_of_one_name_and_odd_names_are_all_shown(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    files = [tmp_path / "x.csv", tmp_path / "b" / "x.csv", tmp_path / "a[red]b.csv", tmp_path / "a$^$.csv"]
+    for file in files:
+        write_trace(file, kind("walk", duration_s=10))
+    shown = RUN.invoke(app, ["show", *map(str, files), "--picture", str(tmp_path / "t.png")])
+    assert shown.exit_code == 0, shown.output
+    assert [line.split()[0] for line in shown.output.splitlines()[3:7]] == ["x", "x", "a[red]b", "a$^$"]
 
 
 def test_sessions_without_the_agent_or_its_rates_are_refused(tmp_path: Path) -> None:
@@ -220,9 +254,15 @@ def test_the_commands_make_bring_in_and_show(tmp_path: Path) -> None:
     [
         (["make", "walk", "there.csv"], "traces: there.csv exists already; name another file"),
         (["make", "walk", "new.csv", "--mbps", "0"], "traces: a median rate is above 0 bit/s"),
+        (["make", "walk", "new.csv", "--seconds", "inf"], "traces: inf s in steps of 1 s are not"),
+        (["make", "walk", "new.csv", "--seconds", "nan"], "traces: nan s in steps of 1 s are not"),
+        (["make", "walk", "n" * 300], "traces: "),
+        (["from-mahimahi", "week.up", "new.csv", "--step", "0.01"], "traces: week.up: would be 60,000,000 rows"),
+        (["show", "good.csv", "--picture", "t.foo"], "traces: t.foo: Format 'foo' is not supported"),
+        (["show", *["good.csv"] * 41, "--picture", "t.png"], "traces: a picture has room for 40 traces, not 41"),
         (["make", "walk", "none/new.csv"], "traces: none/new.csv can't be written: No such file or directory"),
         (["from-mahimahi", "there.csv", "new.csv"], "traces: there.csv, line 1: 'time' is no time"),
-        (["from-session", "there.csv", "pi-1", "new.csv"], "traces: there.csv: it is spoilt"),
+        (["from-session", "there.csv", "pi-1", "new.csv"], "traces: there.csv: it was cut short"),
         (["show", "none.csv"], "traces: none.csv: can't be read: No such file or directory"),
         (["show", "there.csv"], "traces: there.csv, line 1: unknown column 'time'"),
     ],
@@ -232,11 +272,13 @@ def test_mistakes_end_in_one_line_and_touch_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("there.csv").write_text("time\n1\n")
+    Path("good.csv").write_text("time_s,bandwidth_bps\n0,1e6\n")
+    Path("week.up").write_text("1\n600000000\n")
     done = RUN.invoke(app, arguments)
     assert done.exit_code == 1
     assert done.stderr.startswith(why)
     assert done.stderr.count("\n") == 1
-    assert os.listdir() == ["there.csv"]
+    assert sorted(os.listdir()) == ["good.csv", "there.csv", "week.up"]
     assert Path("there.csv").read_text() == "time\n1\n"
 
 
