@@ -80,7 +80,9 @@ def ask(
     ],
     receiver: Annotated[str, typer.Option("--to", help="The agent that is to answer.")],
     configuration: Configuration = None,
-    policy: Annotated[str | None, typer.Option(help="token, kv or jmsra (default: the coordinator's).")] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="optimum, jmsra, token or kv (default: the coordinator's).")
+    ] = None,
     deadline: Annotated[
         float | None, typer.Option(help="Seconds to the first answer token; what is left of them goes into quality.")
     ] = None,

@@ -43,7 +43,6 @@ CHUNK_BYTES = 32 * 1024
 """Before compression: what a crash can lose."""
 LARGEST_RECORD_BYTES = 64 * 2**20
 """Of a file that is read; what is longer is none of ours."""
-
 LONGEST_S = 400 * 86_400.0
 """Of a session that is read."""
 
@@ -74,10 +73,6 @@ class Session(Struct, frozen=True, kw_only=True):
     planning: PlanningSettings = PlanningSettings()
     channels: tuple[ChannelSettings, ...] = ()
     learned: Learned = Learned()
-
-
-class _Header(Struct, frozen=True, kw_only=True):
-    version: int
 
 
 @dataclass(frozen=True)
