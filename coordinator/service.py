@@ -75,8 +75,6 @@ class Coordinator:
         self._fleet = Fleet()
         self._rounds: dict[str, Round] = {}
         self._texts = Texts()
-        self._learning = Learning(settings.planning.rate_quantile)
-        self._keeper: Keeper | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._recent: OrderedDict[str, None] = OrderedDict()
         self._ends: OrderedDict[str, Ended | Refused] = OrderedDict()

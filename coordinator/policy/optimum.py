@@ -32,7 +32,7 @@ from coordinator.policy.deadlines import weighed
 from coordinator.policy.jmsra import FEW_LINKS, binary_choices
 from coordinator.policy.relaxed import Relaxed
 from coordinator.policy.replanning import replanned
-from coordinator.policy.shares import Allocation, Rows, Shares
+from coordinator.policy.shares import NO_RATES, Allocation, Rows, Shares
 from coordinator.table import WHOLE, Table
 
 LATER = (1.0, 1.003, 1.01, 1.03, 1.1, 1.3)
@@ -209,7 +209,7 @@ def soonest(shares: Shares, own: Floats, rungs: Ints, unless: Candidate | None =
     if np.isfinite(ends_s[best]):
         return Candidate(rows[best : best + 1], own[best], rungs[best], float(ends_s[best]))
     if unless is None:
-        raise ArithmeticError("no rates for an unlimited round: a figure of the scenario is not finite")
+        raise ArithmeticError(NO_RATES)
     return unless
 
 

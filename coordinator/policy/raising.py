@@ -35,7 +35,7 @@ def raise_rungs(shares: Shares, base: Allocation, round_s: float = 0.0) -> Alloc
     within_s = limits_s - np.minimum(KEPT * spare_s, KEPT_AT_MOST * limits_s)
     ladders, links = shares.table.ladders, np.arange(shares.table.count)
     needs, rungs, steps = _Needs(shares, base.own, within_s), base.rungs, [base.rungs]
-    if not needs.held(rungs):  # several requests of one receiver, or receivers of one channel, need all of it
+    if needs.lacking(rungs).any():  # several requests of one receiver, or receivers of one channel, need all of it
         needs = _Needs(shares, base.own, limits_s)
     rates = needs.at(rungs)
     climbing = base.carries & (rungs < ladders.top)
@@ -59,15 +59,15 @@ class _Needs:
         self._texts = shares.texts(self._own)
         self._coding: Floats = np.empty(0)
         self._timing: Timing | None = None
-        self._rates: dict[bytes, Floats] = {}
+        self._asked: Ints = np.empty(0, dtype=np.intp)
+        self._rates: Floats = np.empty(0)
 
     def at(self, rungs: Ints) -> Floats:
-        """The least; infinite where none does."""
-        key = rungs.tobytes()
-        if key not in self._rates:
+        """The least; infinite where none does. Often asked twice of the same rungs, one time after the other."""
+        if not np.array_equal(self._asked, rungs):
             rates, late = self._rows(rungs).needed(self.limits_s)
-            self._rates = {key: np.where(late[0], np.inf, rates[0])}
-        return self._rates[key]
+            self._asked, self._rates = rungs, np.where(late[0], np.inf, rates[0])
+        return self._rates
 
     def allocation(self, rungs: Ints) -> Allocation | None:
         """Min-max rates within the limits, if there are any."""
@@ -82,10 +82,13 @@ class _Needs:
             self._coding, self._timing = coding, self._shares.timing(self._own, encode_s, decode_s, self._texts)
         return self._timing.rows(self._shares.table, token_bits)
 
-    def held(self, rungs: Ints) -> bool:
-        """Whether there are such rates, and channels hold them."""
+    def lacking(self, rungs: Ints) -> Flags:
+        """(K,): the links that no rate ends in time, and those that pass a channel which doesn't hold all rates."""
         table, rates = self._shares.table, self.at(rungs)
-        return bool(np.isfinite(rates).all()) and bool(np.all(table.used(rates) <= table.free * (1 + ROUNDING)))
+        lacking = np.isinf(rates)
+        over = table.used(np.where(lacking, 0.0, rates)) > table.free * (1 + ROUNDING)
+        lacking[table.pair_link[over[table.pair_channel]]] = True
+        return lacking
 
     def climbed(self, rungs: Ints, rates: Floats, who: Flags) -> Ints:
         """The rungs when of `who` those climb by one, in their order, whose channels and receivers hold it.
@@ -111,16 +114,12 @@ class _Needs:
         """
         table = self._shares.table
         while True:
-            rates = self.at(higher)
-            late = np.isinf(rates)
-            over = table.used(np.where(late, 0.0, rates)) > table.free * (1 + ROUNDING)
-            late[table.pair_link[over[table.pair_channel]]] = True
-            rising = higher > rungs
-            if not late.any() or not rising.any():
-                return higher, rates
+            lacking, rising = self.lacking(higher), higher > rungs
+            if not lacking.any() or not rising.any():
+                return higher, self.at(higher)
             stay = np.zeros_like(rising)
             for group in (table.receivers, table.senders):
-                concerned = rising & (group.sums(late * 1.0) > 0)[group.index]
+                concerned = rising & (group.sums(lacking * 1.0) > 0)[group.index]
                 before = group.before(concerned.astype(np.float64), group.together)
                 stay |= concerned & (before >= np.floor(group.sums(concerned * 1.0) / 2)[group.index])
             higher = np.where(stay if stay.any() else rising, rungs, higher)

@@ -37,6 +37,7 @@ ROUNDING = 1e-12
 LAST_BIT = 4e-16
 LONGEST_S = 1e12
 MANY_LINKS = 200
+NO_RATES = "no rates for an unlimited round: a figure of the scenario is not finite"
 MOST_GROWTH = 1e6
 """Of a rate, when a channel is given out."""
 
@@ -351,7 +352,7 @@ class Shares:
         """Min-max rates for one choice, (K,), with what they predict. Without rungs: the tightest."""
         found = self.allocate_within(own, self.tightest() if rungs is None else rungs)
         if found is None:
-            raise ArithmeticError("no rates for an unlimited round: a figure of the scenario is not finite")
+            raise ArithmeticError(NO_RATES)
         return found
 
     def allocate_within(self, own: Floats, rungs: Ints, limits_s: Floats | None = None) -> Allocation | None:

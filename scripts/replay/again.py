@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -102,9 +102,24 @@ async def _again(recorded: Recorded, folder: Path, hear: Callable[[float], None]
     finally:
         journal.close()
     return tuple(
-        Compared(request, bus.recorded_plans.get(request), bus.plans.get(request))
-        for request in dict.fromkeys((*bus.recorded_plans, *bus.plans))
+        Compared(request, bus.recorded.plans.get(request), bus.again.plans.get(request))
+        for request in dict.fromkeys((*bus.recorded.plans, *bus.again.plans))
     )
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What a coordinator told, by request: plans, and the transfers of each in the order of its parts."""
+
+    plans: dict[str, RoundReport] = field(default_factory=dict)
+    transfers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def note(self, message: object) -> None:
+        """If it is of either."""
+        if isinstance(message, AnswerOrder):
+            self.transfers[message.request] = tuple(part.transfer for part in message.parts)
+        elif isinstance(message, Planned):
+            self.plans[message.report.request] = message.report
 
 
 class _Stage:
@@ -113,11 +128,8 @@ class _Stage:
     def __init__(self, site: str) -> None:
         self._site = site
         self._handlers: list[tuple[Topic[Any], Handler[Any]]] = []
-        self._transfers: dict[str, tuple[str, ...]] = {}
         self._now: dict[str, str] = {}
-        self._recorded_transfers: dict[str, tuple[str, ...]] = {}
-        self.plans: dict[str, RoundReport] = {}
-        self.recorded_plans: dict[str, RoundReport] = {}
+        self.recorded, self.again = _Told(), _Told()
 
     @property
     def site(self) -> str:
@@ -125,10 +137,7 @@ class _Stage:
 
     async def publish(self, topic: Topic[M], message: M, **parameters: str) -> None:  # noqa: ARG002
         """Always at once, and always well."""
-        if isinstance(message, AnswerOrder):
-            self._transfers[message.request] = tuple(part.transfer for part in message.parts)
-            self._exchange(message.request)
-        _note(self.plans, message)
+        self._tell(self.again, message)
 
     async def subscribe(self, topic: Topic[M], handler: Handler[M], **parameters: str) -> Subscription:  # noqa: ARG002
         """The coordinator listens to all agents and all clients."""
@@ -138,20 +147,18 @@ class _Stage:
     def bring(self, event: Event) -> None:
         """What was heard, to whom it may concern; of what was told, what there is to compare."""
         if event.way == "told":
-            if isinstance(event.message, AnswerOrder):
-                parts = event.message.parts
-                self._recorded_transfers[event.message.request] = tuple(part.transfer for part in parts)
-                self._exchange(event.message.request)
-            _note(self.recorded_plans, event.message)
+            self._tell(self.recorded, event.message)
             return
         message = self._translated(event.topic, event.message)
         for topic, handler in self._handlers:
             if topic is event.topic:
                 handler(message, event.parameters)
 
-    def _exchange(self, request: str) -> None:
-        old, new = self._recorded_transfers.get(request, ()), self._transfers.get(request, ())
-        self._now.update(zip(old, new, strict=False))
+    def _tell(self, told: _Told, message: object) -> None:
+        told.note(message)
+        if isinstance(message, AnswerOrder):
+            old, new = (each.transfers.get(message.request, ()) for each in (self.recorded, self.again))
+            self._now.update(zip(old, new, strict=False))
 
     def _translated(self, topic: Topic[Any], message: Any) -> Any:
         if topic not in {topics.OUTCOMES, topics.TELEMETRY} or not self._now:
@@ -163,11 +170,6 @@ class _Stage:
 class _Listening:
     async def close(self) -> None:
         """Nobody stops listening here."""
-
-
-def _note(plans: dict[str, RoundReport], message: object) -> None:
-    if isinstance(message, Planned):
-        plans[message.report.request] = message.report
 
 
 def _exchanged(content: Any, ids: Mapping[str, str]) -> Any:

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 
 from scripts.traces import Trace
 
@@ -39,26 +37,9 @@ class Channel:
         """The rate at a time; traces begin at 0."""
         return self.rate.at(now_s + SLIGHTLY_S).bandwidth_bps if isinstance(self.rate, Trace) else self.rate
 
-    @cached_property
-    def steady(self) -> bool:
-        """Whether the rate is the same for ever."""
-        return not isinstance(self.rate, Trace) or len({each.bandwidth_bps for each in self.rate.samples}) == 1
-
-    def next_step_s(self, now_s: float) -> float:
+    def next_change_s(self, now_s: float) -> float:
         """When the rate is another; infinite if it stays from now on."""
-        if self.steady or not isinstance(self.rate, Trace):
-            return math.inf
-        trace, rate_bps = self.rate, self.bps(now_s)
-        lap = math.floor((now_s + SLIGHTLY_S) / trace.duration_s) if trace.loop else 0
-        within_s = now_s + SLIGHTLY_S - lap * trace.duration_s
-        index = bisect_right(trace.samples, within_s, key=lambda sample: sample.time_s)
-        while trace.loop or index < len(trace.samples):
-            if index == len(trace.samples):
-                lap, index = lap + 1, 0
-            if trace.samples[index].bandwidth_bps != rate_bps:
-                return lap * trace.duration_s + trace.samples[index].time_s
-            index += 1
-        return math.inf
+        return self.rate.next_change_s(now_s + SLIGHTLY_S) if isinstance(self.rate, Trace) else math.inf
 
 
 class Flow:
@@ -197,9 +178,9 @@ class Network:
 
     def _follow(self, channel: Channel) -> None:
         """Come back at the next step of the channel's trace, as long as somebody uses it."""
-        if channel.step is not None or channel.steady or all(flow.waits for flow in channel.flows):
+        if channel.step is not None or all(flow.waits for flow in channel.flows):
             return
-        next_s = channel.next_step_s(self.now_s)
+        next_s = channel.next_change_s(self.now_s)
         if next_s < math.inf:
             channel.step = asyncio.get_running_loop().call_at(next_s, self._stepped, channel)
 

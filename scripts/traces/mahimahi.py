@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from scripts.traces.errors import TraceInvalid
-from scripts.traces.trace import LARGEST_BPS, MOST_ROWS, Sample, Trace, check_size
+from scripts.traces.trace import LARGEST_BPS, Sample, Trace, check_rows, check_size
 
 PACKET_BITS = 8 * 1_500
 LONGEST_MS = 7 * 24 * 3_600_000
@@ -45,8 +45,7 @@ def read_mahimahi(path: Path, *, step_s: float = 1.0, loop: bool = True) -> Trac
 
 def _samples(path: Path, times_ms: np.ndarray[tuple[int], np.dtype[np.int_]], step_s: float) -> tuple[Sample, ...]:
     bins = max(1, int(times_ms[-1] / (1000 * step_s)))
-    if bins > MOST_ROWS:
-        raise TraceInvalid(path, 0, f"would be {bins:,} rows of {step_s:g} s, {MOST_ROWS:,} at most; take longer steps")
+    check_rows(path, bins, step_s)
     width_s = step_s if bins > 1 else min(step_s, times_ms[-1] / 1000)
     # a packet at a bin's end is the bin's: what arrives then was on its way in it
     places = np.ceil(times_ms / (1000 * step_s)).astype(int) - 1

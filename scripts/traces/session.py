@@ -11,7 +11,7 @@ from broker_config.messages import Telemetry
 from coordinator.errors import RecordingInvalid
 from coordinator.recording import Recorded
 from scripts.traces.errors import TraceInvalid
-from scripts.traces.trace import MOST_ROWS, Sample, Trace
+from scripts.traces.trace import Sample, Trace, check_rows
 
 Way = Literal["uplink", "downlink"]
 
@@ -46,10 +46,7 @@ def read_session(path: Path, agent: str, way: Way, *, step_s: float = 1.0, loop:
     start_s, last_s = points[0][0], points[-1][0]
     times_s = [at_s for at_s, _ in points]
     count = max(1, round((last_s - start_s) / step_s))
-    if count > MOST_ROWS:
-        raise TraceInvalid(
-            path, 0, f"would be {count:,} rows of {step_s:g} s, {MOST_ROWS:,} at most; take longer steps"
-        )
+    check_rows(path, count, step_s)
     rtt_s = next((found.rtt_s for _, found in points if found.rtt_s is not None), None)
     samples = []
     for index in range(count):

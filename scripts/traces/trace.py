@@ -56,9 +56,21 @@ class Trace:
         """The sample in force at a time. Raises ValueError if it is negative or not finite."""
         if not math.isfinite(time_s) or time_s < 0:
             raise ValueError(f"a trace has no time {time_s} s")
-        if self.loop:
-            time_s %= self.duration_s
-        return self.samples[bisect_right(self.samples, time_s, key=lambda sample: sample.time_s) - 1]
+        return self.samples[self._place(time_s)[1]]
+
+    def next_change_s(self, time_s: float) -> float:
+        """When the rate is another than at a time; infinite if it stays."""
+        lap, at = self._place(time_s)
+        count = len(self.samples)
+        for index in range(at + 1, at + count if self.loop else count):
+            if self.samples[index % count].bandwidth_bps != self.samples[at].bandwidth_bps:
+                return (lap + index // count) * self.duration_s + self.samples[index % count].time_s
+        return math.inf
+
+    def _place(self, time_s: float) -> tuple[int, int]:
+        """How often it has begun anew, and which sample is in force."""
+        lap, within_s = divmod(time_s, self.duration_s) if self.loop else (0, time_s)
+        return int(lap), bisect_right(self.samples, within_s, key=lambda sample: sample.time_s) - 1
 
     def steps(self) -> Iterator[tuple[float, Sample]]:
         """Every sample with the time it comes into force; without an end if the trace loops."""
@@ -97,6 +109,13 @@ def check_size(path: Path) -> None:
         raise TraceInvalid(path, 0, f"can't be read: {error.strerror}") from error
     if size > LARGEST_FILE_BYTES:
         raise TraceInvalid(path, 0, f"has {size} bytes, a trace may have {LARGEST_FILE_BYTES}; cut it into parts")
+
+
+def check_rows(path: Path, count: int, step_s: float) -> None:
+    """Raises TraceInvalid for a file that would make more rows than a trace has."""
+    if count > MOST_ROWS:
+        why = f"would be {count:,} rows of {step_s:g} s, {MOST_ROWS:,} at most; take longer steps"
+        raise TraceInvalid(path, 0, why)
 
 
 def write_trace(path: Path, trace: Trace) -> None:
