@@ -13,7 +13,15 @@ from coordinator.drift import Rule
 from coordinator.errors import RequestImpossible
 from coordinator.fleet import Fleet, link_channels, resolve_source
 from coordinator.learning import Learning, LinkName, factor_of
-from coordinator.policy import PlanRequest, PressureCaps, RequestPlan, build_scenario, get_policy
+from coordinator.policy import (
+    POLICIES,
+    PlanRequest,
+    Policy,
+    PressureCaps,
+    RequestPlan,
+    build_scenario,
+    get_policy,
+)
 from coordinator.round import LocalSource, Round
 from coordinator.settings import CoordinatorSettings
 from coordinator.texts import Texts
@@ -31,6 +39,7 @@ def plan_round(
     texts: Texts,
     now_s: float,
     learning: Learning | None = None,
+    policies: Mapping[str, Policy] = POLICIES,
 ) -> Round:
     """The round as the policy wants it, accepted at now_s. running: rounds in flight, whose transfers occupy channels.
     learning: what earlier rounds taught.
@@ -38,7 +47,7 @@ def plan_round(
     Raises CoordinatorError, whose line says what to change.
     """
     expiry_s = settings.planning.expiry_s
-    policy = get_policy(ask.policy or settings.planning.policy)
+    policy = get_policy(ask.policy or settings.planning.policy, policies)
     receiver = fleet.require_online(ask.receiver, now_s, expiry_s)
     if not ask.question.strip():
         raise RequestImpossible("the question is empty; ask something")

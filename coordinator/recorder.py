@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import structlog
 
@@ -27,12 +27,22 @@ log = structlog.get_logger()
 M = TypeVar("M")
 
 
+class Keeps(Protocol):
+    """What takes messages down: a Recording."""
+
+    def add(self, event: Event) -> None:
+        """Raises RecordingUnwritable."""
+
+    def close(self) -> None:
+        """Raises RecordingUnwritable."""
+
+
 class RecordedBus:
     """A bus whose messages are recorded: what comes before its handler sees it, what goes before it is sent."""
 
-    def __init__(self, bus: Bus, recording: Recording) -> None:
+    def __init__(self, bus: Bus, recording: Keeps) -> None:
         self._bus = bus
-        self._recording: Recording | None = recording
+        self._recording: Keeps | None = recording
 
     @classmethod
     def begin(cls, bus: Bus, path: Path, settings: CoordinatorSettings, learned: Learned) -> Self:

@@ -45,7 +45,7 @@ from coordinator.journal import InFlight, Journal
 from coordinator.keeping import Keeper
 from coordinator.learning import Learned, Learning
 from coordinator.planning import plan_round
-from coordinator.policy import POLICIES, get_policy
+from coordinator.policy import POLICIES, Policy, get_policy
 from coordinator.recorder import RecordedBus
 from coordinator.revision import revise
 from coordinator.round import EndOfRound, Round, unfinished
@@ -68,9 +68,14 @@ FAULT = "a fault of the coordinator; its log says more"
 class Coordinator:
     """One site's coordinator. `run` returns only when cancelled."""
 
-    def __init__(self, settings: CoordinatorSettings, record: Path | None = None) -> None:
-        """record: the file that the session is recorded to, or the folder of a file named by site and time."""
-        self._settings, self._record = settings, record
+    def __init__(
+        self, settings: CoordinatorSettings, record: Path | None = None, policies: Mapping[str, Policy] = POLICIES
+    ) -> None:
+        """record: the file that the session is recorded to, or the folder of a file named by site and time.
+
+        Raises PolicyUnknown.
+        """
+        self._settings, self._record, self._policies = settings, record, policies
         self._instance = new_id()
         self._fleet = Fleet()
         self._rounds: dict[str, Round] = {}
@@ -80,7 +85,7 @@ class Coordinator:
         self._ends: OrderedDict[str, Ended | Refused] = OrderedDict()
         self._listening_since_s: float | None = None
         self._stopping = False
-        get_policy(settings.planning.policy)
+        get_policy(settings.planning.policy, policies)
 
     async def run(self) -> None:
         """Serve until cancelled. Raises JournalUnwritable, RecordingUnwritable."""
@@ -200,6 +205,7 @@ class Coordinator:
             texts=self._texts,
             now_s=accepted_s,
             learning=self._learning,
+            policies=self._policies,
         )
         self._journal.began(InFlight(ask=ask, agents=round_.agents))
         self._rounds[ask.request] = round_
@@ -360,7 +366,7 @@ class Coordinator:
         return CoordinatorPresence(
             instance=self._instance,
             state="online" if online else "offline",
-            policies=tuple(POLICIES) if online else (),
+            policies=tuple(self._policies) if online else (),
             errors=self._learning.errors() if online else (),
         )
 

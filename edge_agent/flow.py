@@ -30,9 +30,14 @@ class Flow:
     """
 
     def __init__(
-        self, transfer: str = "", *, chunk_bytes: int = BACKLOG_BYTES, pace: Callable[[], float | None] = lambda: None
+        self,
+        transfer: str = "",
+        *,
+        chunk_bytes: int = BACKLOG_BYTES,
+        pace: Callable[[], float | None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.transfer, self._pace = transfer, pace
+        self.transfer, self._pace, self._clock = transfer, pace, clock
         self._backlog_bytes = min(BACKLOG_BYTES, BACKLOG_CHUNKS * chunk_bytes)
         self.moved_bytes = 0
         self._made_bytes = 0
@@ -46,7 +51,7 @@ class Flow:
 
     def moved(self, total_bytes: int) -> None:
         """So much of it has arrived."""
-        now_s = time.monotonic()
+        now_s = self._clock()
         self.moved_bytes = max(self.moved_bytes, total_bytes)
         self._samples.append((now_s, self.moved_bytes, self._busy))
         while len(self._samples) > LEAST_SAMPLES and (
@@ -69,13 +74,13 @@ class Flow:
 
         Silence counts once it is longer than twice the usual time between two reports.
         """
-        return _rate_bps(tuple(self._samples))
+        return _rate_bps(tuple(self._samples), self._clock())
 
     @property
     def goodput_bps(self) -> float | None:
         """The same of the time since when more was always there to be sent; None if the link may have waited."""
         busy = tuple(reversed(tuple(takewhile(lambda sample: sample[2], reversed(self._samples)))))
-        return _rate_bps(busy) if self._busy else None
+        return _rate_bps(busy, self._clock()) if self._busy else None
 
     @property
     def link_bps(self) -> float | None:
@@ -89,11 +94,11 @@ class Flow:
         return self._all_made or self._made_bytes - self.moved_bytes >= self._backlog_bytes
 
 
-def _rate_bps(samples: Sequence[Sample]) -> float | None:
+def _rate_bps(samples: Sequence[Sample], now_s: float) -> float | None:
     if len(samples) < 2:
         return None
     (first_s, first_bytes, _), (last_s, last_bytes, _) = samples[0], samples[-1]
-    now_s, usual_s = time.monotonic(), (last_s - first_s) / (len(samples) - 1)
+    usual_s = (last_s - first_s) / (len(samples) - 1)
     until_s = now_s if now_s - last_s > max(2 * usual_s, WINDOW_S / 5) else last_s
     if until_s - first_s < (LONGEST_WINDOW_S if len(samples) <= LEAST_INTERVALS else LEAST_WINDOW_S):
         return None

@@ -17,7 +17,7 @@ import logging
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,10 +49,17 @@ WIRELESS = Path("/proc/net/wireless")
 
 
 class LinkMeter:
-    """Measures one agent's access link. `quality` is what telemetry reports."""
+    """Measures one agent's access link. `quality` is what telemetry reports. signal: in dBm, else of this machine."""
 
-    def __init__(self, *, bulk: Bus, agent: str, wireless: Path = WIRELESS) -> None:
-        self._bulk, self._agent, self._wireless = bulk, agent, wireless
+    def __init__(
+        self,
+        *,
+        bulk: Bus,
+        agent: str,
+        signal: Callable[[], float | None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._bulk, self._agent, self._signal, self._clock = bulk, agent, signal or signal_dbm, clock
         self._round_trip_s = _Median()
         self._uplink_bps = _Median()
         self._downlink_bps = _Median()
@@ -70,7 +77,7 @@ class LinkMeter:
             round_trip_s=self._round_trip_s.value,
             uplink_bps=self._moved(self._uplink_bps.value, self._unpaced_bps()),
             downlink_bps=self._at_least(self._downlink_bps.value, sum(flow.rate_bps or 0.0 for flow in self._inward)),
-            signal_dbm=signal_dbm(self._wireless),
+            signal_dbm=self._signal(),
         )
 
     @contextmanager
@@ -81,7 +88,7 @@ class LinkMeter:
             yield
         finally:
             self._transfers -= 1
-            self._quiet_since = time.monotonic()
+            self._quiet_since = self._clock()
 
     @contextmanager
     def sending(self, flow: Flow) -> Iterator[Flow]:
@@ -132,7 +139,7 @@ class LinkMeter:
         """Probe for ever, at most every interval_s seconds, whenever the link is quiet."""
         await self._bulk.subscribe(topics.PROBES, self._back, agent=self._agent)
         while True:
-            if not self._transfers and time.monotonic() - self._quiet_since >= QUIET_S:
+            if not self._transfers and self._clock() - self._quiet_since >= QUIET_S:
                 try:
                     await self.probe()
                 except BusError as error:
@@ -149,10 +156,10 @@ class LinkMeter:
             SMALLEST_PROBE_BYTES,
         )  # one that is lost is not repeated at its size
         self._sequence += 1
-        start = time.perf_counter()
+        start = self._clock()
         probe = Probe(sequence=self._sequence, padding=bytes(size))
         await self._bulk.publish(topics.PROBE_SINK, probe, agent=self._agent)
-        up_s = time.perf_counter() - start
+        up_s = self._clock() - start
         both_s = await self._bounce(size)
         if self._transfers:  # one began meanwhile: these seconds say nothing
             self._probe_bytes = size
@@ -167,7 +174,7 @@ class LinkMeter:
         """Seconds until a probe of so many bytes is back."""
         self._sequence += 1
         self._awaited = asyncio.get_running_loop().create_future()
-        start = time.perf_counter()
+        start = self._clock()
         async with asyncio.timeout(PROBE_TIMEOUT_S):
             await self._bulk.publish(
                 topics.PROBES, Probe(sequence=self._sequence, padding=bytes(size)), agent=self._agent
@@ -176,7 +183,7 @@ class LinkMeter:
 
     def _back(self, probe: Probe, _: Mapping[str, str]) -> None:
         if self._awaited is not None and not self._awaited.done() and probe.sequence == self._sequence:
-            self._awaited.set_result(time.perf_counter())
+            self._awaited.set_result(self._clock())
 
 
 def signal_dbm(wireless: Path = WIRELESS) -> float | None:

@@ -13,7 +13,7 @@ from broker_config.messages.agents import (
     Telemetry,
     codec_family,
 )
-from broker_config.messages.base import PROTOCOL_VERSION, Message, new_id
+from broker_config.messages.base import PROTOCOL_VERSION, Message, ids_from, new_id
 from broker_config.messages.bulk import MAX_CHUNK_BYTES, MAX_PROBE_BYTES, Abort, Ack, Bulk, Chunk, Open, Probe
 from broker_config.messages.orders import (
     FROM_IDS,
@@ -118,5 +118,6 @@ __all__ = [
     "TextReply",
     "TextRequest",
     "codec_family",
+    "ids_from",
     "new_id",
 ]

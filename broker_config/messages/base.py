@@ -7,6 +7,9 @@ policy: a lower bound refuses NaN too, since NaN compares false with everything.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Annotated
 
 from msgspec import Meta, Struct
@@ -46,6 +49,19 @@ class Message(Struct, frozen=True, kw_only=True, tag_field="type"):
     version: Annotated[int, Meta(ge=1, le=PROTOCOL_VERSION)] = PROTOCOL_VERSION
 
 
+_random_bytes: ContextVar[Callable[[int], bytes]] = ContextVar("random bytes of ids", default=secrets.token_bytes)
+
+
 def new_id() -> str:
     """A fresh random Id (64 bits)."""
-    return secrets.token_hex(8)
+    return _random_bytes.get()(8).hex()
+
+
+@contextmanager
+def ids_from(random_bytes: Callable[[int], bytes]) -> Iterator[None]:
+    """Inside the block, and in tasks begun there, ids are made of these bytes: for runs that are to be repeated."""
+    token = _random_bytes.set(random_bytes)
+    try:
+        yield
+    finally:
+        _random_bytes.reset(token)

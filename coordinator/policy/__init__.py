@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import MappingProxyType
 
 from coordinator.errors import PolicyUnknown
@@ -19,12 +20,12 @@ POLICIES: MappingProxyType[str, Policy] = MappingProxyType(
 )
 
 
-def get_policy(name: str) -> Policy:
+def get_policy(name: str, policies: Mapping[str, Policy] = POLICIES) -> Policy:
     """The policy of that name. Raises PolicyUnknown, which lists those there are."""
     try:
-        return POLICIES[name]
+        return policies[name]
     except KeyError:
-        raise PolicyUnknown(name, POLICIES) from None
+        raise PolicyUnknown(name, policies) from None
 
 
 __all__ = [

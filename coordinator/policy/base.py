@@ -21,6 +21,10 @@ from coordinator.policy.standing import Laid, Standing
 
 Medium = Literal["tokens", "cache", "split"]
 
+MEET_S = 0.5
+"""A cache that is due later than this may come late: its receiver goes on computing then, as in a split. For one that
+comes sooner the finer slices and smaller windows of a meeting are not worth it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LinkPlan:
@@ -160,7 +164,7 @@ class StagedPolicy:
 
     name: str
     meets = False
-    """Whether both ends of a split link go on until they meet."""
+    """Whether both ends of a split link go on until they meet, and of one with a whole cache that takes its time."""
     conserves = False
     """Whether what links leave idle of their shares is given to others."""
 
@@ -295,6 +299,6 @@ def _link_plan(
         arrive_s=prediction.arrive_s[index],
         known=known,
         note=link.note,
-        meet=meets and 0 < decision.own_tokens < link.tokens,
+        meet=meets and (0 if prediction.arrive_s[index] > MEET_S else 1) <= decision.own_tokens < link.tokens,
         later_rates=tuple(RateStep(after_s=at, rate_bps=rate) for at, rate in decision.later),
     )

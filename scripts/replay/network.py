@@ -21,6 +21,8 @@ SLIGHTLY_S = 1e-7
 """A timer may fire so much before its time, by rounding; steps of traces are far longer."""
 FULL = 1e-9
 """So small a share of a channel's rate counts as nothing left."""
+SHORT_S = 0.25
+"""What ends so soon on channels that nobody uses is not held up by what begins meanwhile: messages and probes."""
 
 
 @dataclass(eq=False)
@@ -36,6 +38,11 @@ class Channel:
     def bps(self, now_s: float) -> float:
         """The rate at a time; traces begin at 0."""
         return self.rate.at(now_s + SLIGHTLY_S).bandwidth_bps if isinstance(self.rate, Trace) else self.rate
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything moves on it, or would."""
+        return any(not flow.waits for flow in self.flows)
 
     def next_change_s(self, now_s: float) -> float:
         """When the rate is another; infinite if it stays from now on."""
@@ -159,6 +166,36 @@ class Network:
         for channel, times in ways.items():
             channel.flows[flow] = times
         return flow
+
+    def alone_s(self, passes: Iterable[str], bits: float) -> float | None:
+        """Seconds that so many bits take on channels that nobody else uses; None where that is not so, or not sure.
+
+        Raises KeyError for a channel that isn't there.
+        """
+        now_s, taken_s = self.now_s, 0.0
+        for name in passes:
+            channel = self.channels[name]
+            rate_bps = channel.bps(now_s)
+            if channel.busy or rate_bps * SHORT_S < bits:
+                return None
+            taken_s = max(taken_s, bits / rate_bps if bits else 0.0)
+            if channel.next_change_s(now_s) < now_s + taken_s:
+                return None
+        return taken_s
+
+    async def carry(self, passes: Iterable[str], bits: float) -> None:
+        """Until so many bits have passed these channels. Raises KeyError for a channel that isn't there."""
+        passes = tuple(passes)
+        soon_s = self.alone_s(passes, bits)
+        if soon_s is not None:
+            await asyncio.sleep(soon_s)
+            return
+        flow = self.flow(passes)
+        try:
+            flow.add(bits)
+            await flow.moved(bits)
+        finally:
+            flow.end()
 
     def ended(self, flow: Flow) -> None:
         """What it had is the others'."""

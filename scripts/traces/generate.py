@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from scripts.traces.trace import LARGEST_BPS, MOST_ROWS, Sample, Trace
+from scripts.traces.table import MOST_ROWS
+from scripts.traces.trace import LARGEST_BPS, Sample, Trace
 
 Floats = NDArray[np.float64]
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from scripts.traces.errors import TraceInvalid
-from scripts.traces.trace import LARGEST_BPS, Sample, Trace, check_rows, check_size
+from scripts.traces.table import check_rows, check_size
+from scripts.traces.trace import LARGEST_BPS, Sample, Trace
 
 PACKET_BITS = 8 * 1_500
 LONGEST_MS = 7 * 24 * 3_600_000

@@ -11,7 +11,8 @@ from broker_config.messages import Telemetry
 from coordinator.errors import RecordingInvalid
 from coordinator.recording import Recorded
 from scripts.traces.errors import TraceInvalid
-from scripts.traces.trace import Sample, Trace, check_rows
+from scripts.traces.table import check_rows
+from scripts.traces.trace import Sample, Trace
 
 Way = Literal["uplink", "downlink"]
 

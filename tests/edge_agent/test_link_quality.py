@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from broker_config.bus import Handler, Subscription
 from broker_config.errors import BrokerUnreachable
 from broker_config.messages import Probe
 from broker_config.topics import Topic
-from edge_agent import flow, link_quality
+from edge_agent import link_quality
 from edge_agent.flow import Flow
 from edge_agent.link_quality import LARGEST_PROBE_BYTES, QUIET_S, SMALLEST_PROBE_BYTES, LinkMeter, signal_dbm
 from scripts.replay.clock import run_virtual
@@ -57,15 +58,14 @@ class Link:
         return SimpleNamespace()  # the meter keeps it for ever
 
 
-@pytest.fixture(autouse=True)
-def _clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The meter reads the loop's time, which is virtual here."""
+def now_s() -> float:
+    """The loop's time, which is virtual here."""
+    return asyncio.get_running_loop().time()
 
-    def now() -> float:
-        return asyncio.get_running_loop().time()
 
-    for module in (flow, link_quality):
-        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=now, monotonic=now))
+def moving(transfer: str, **options: Any) -> Flow:
+    """A transfer that reads it, as the meter does."""
+    return Flow(transfer, clock=now_s, **options)
 
 
 def metered(link: Link, work: Callable[[LinkMeter], Awaitable[None]], wireless: Path = Path("/nowhere")) -> LinkMeter:
@@ -73,7 +73,7 @@ def metered(link: Link, work: Callable[[LinkMeter], Awaitable[None]], wireless: 
 
     async def run() -> LinkMeter:
         await asyncio.sleep(1)  # no clock begins at 0 when an agent starts
-        meter = LinkMeter(bulk=link, agent="pi-1", wireless=wireless)
+        meter = LinkMeter(bulk=link, agent="pi-1", signal=partial(signal_dbm, wireless), clock=now_s)
         await link.subscribe(topics.PROBES, meter._back, agent="pi-1")
         await work(meter)
         return meter
@@ -268,7 +268,7 @@ def test_transfers_under_way_move_the_rates_clearly_and_the_probes_word_holds_ag
     async def run(meter: LinkMeter) -> None:
         await three_probes(meter)
         probed = meter.quality
-        with meter.sending(Flow("aa")) as out, meter.receiving(Flow("bb")) as back:
+        with meter.sending(moving("aa")) as out, meter.receiving(moving("bb")) as back:
             out.made(10**9)
             await asyncio.gather(moved(out, 0.95e6), moved(back, 0.1e6))
             assert meter.quality == probed  # a little slower, and what came in may have been sent slowly
@@ -286,10 +286,10 @@ def test_a_paced_transfer_leaves_the_uplink_and_tells_its_own_progress() -> None
     async def run(meter: LinkMeter) -> None:
         await three_probes(meter)
         probed = meter.quality
-        with meter.sending(Flow("aa", pace=lambda: 4e6)) as paced:
+        with meter.sending(moving("aa", pace=lambda: 4e6)) as paced:
             paced.made(10**9)
             await moved(paced, 0.1e6)
-            with meter.sending(Flow("bb")) as other:
+            with meter.sending(moving("bb")) as other:
                 other.made(10**9)
                 await moved(other, 0.1e6)
                 assert meter.quality == probed
@@ -302,7 +302,7 @@ def test_a_paced_transfer_leaves_the_uplink_and_tells_its_own_progress() -> None
 
 
 async def test_probes_fit_their_topics_and_come_back_over_a_bus() -> None:
-    meter = LinkMeter(bulk=MemoryBroker().bus(), agent="pi-1")
+    meter = LinkMeter(bulk=MemoryBroker().bus(), agent="pi-1", clock=now_s)
     probing = asyncio.create_task(meter.run(60))
     measured = asyncio.Event()
     real = link_quality._Median.add

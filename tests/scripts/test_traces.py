@@ -16,7 +16,7 @@ from broker_config import topics
 from broker_config.messages import LinkQuality
 from coordinator.recording import Event, Recording, Session
 from scripts.traces import Sample, Trace, TraceInvalid, read_trace, write_trace
-from scripts.traces import trace as trace_file
+from scripts.traces import table as trace_file
 from scripts.traces.__main__ import app
 from scripts.traces.generate import BAD_SHARE, KINDS, Made, made
 from scripts.traces.mahimahi import PACKET_BITS, read_mahimahi

@@ -1,0 +1,211 @@
+"""What results come to: E2E, deadlines and bytes by policy, and how policies and whole replays compare. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+from scripts.replay.results import QuestionResult, Result
+
+Floats = NDArray[np.float64]
+
+FIXED = ("token", "kv")
+UNANSWERED_S = 120.0
+"""What a question counts that was answered under another policy only: so long a coordinator waits for an answer."""
+RESAMPLES, CONFIDENCE, SEED = 2_000, 0.95, 0
+TIED = 0.02
+"""E2E this close is one."""
+
+
+class Figures(Struct, frozen=True, kw_only=True):
+    """One policy over some questions.
+
+    Seconds are of all questions that any policy answered, UNANSWERED_S for those that this one didn't; timed: questions
+    with deadlines, missed: of these. off: median of |predicted / measured - 1|.
+    kl: mean of the largest planned loss of each question, in nats. media: links sent as tokens, cache, split.
+    """
+
+    policy: str
+    questions: int
+    answered: int
+    mean_s: float
+    median_s: float
+    p95_s: float
+    timed: int
+    missed: int
+    sent_bytes: int
+    fallbacks: int
+    off: float | None
+    kl: float
+    media: tuple[int, int, int]
+
+
+class Compared(Struct, frozen=True, kw_only=True):
+    """All policies over the same questions.
+
+    fixed: the fixed policy of the least mean; gain: how far `ours` is below it, as a share; best, best_p95: whether no
+    policy is clearly below `ours`. lost: questions that nobody answered.
+    """
+
+    name: str
+    lost: int
+    figures: tuple[Figures, ...]
+    ours: str
+    fixed: str | None
+    gain: float | None
+    best: bool
+    best_p95: bool
+
+    def of(self, policy: str) -> Figures | None:
+        """A policy's."""
+        return next((each for each in self.figures if each.policy == policy), None)
+
+
+class Paired(Struct, frozen=True, kw_only=True):
+    """The same questions under two.
+
+    difference_s: mean in seconds, second less first; ratio: of the means; each with its 95 % interval by bootstrap over
+    questions.
+    """
+
+    name: str
+    questions: int
+    first_s: float
+    second_s: float
+    difference_s: tuple[float, float, float]
+    ratio: tuple[float, float, float]
+
+
+def by_name(results: Iterable[Result], name: Callable[[Result], str], ours: str = "optimum") -> tuple[Compared, ...]:
+    """Results grouped by a name, in order of appearance, and compared within each group."""
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        if not result.error:
+            groups.setdefault(name(result), []).append(result)
+    return tuple(compared(title, group, ours) for title, group in groups.items())
+
+
+def compared(name: str, results: Sequence[Result], ours: str = "optimum") -> Compared:
+    """Policies over the questions that they have in common: the same number of the same run."""
+    policies = list(dict.fromkeys(result.policy for result in results))
+    table = {policy: dict(_questions(results, policy)) for policy in policies}
+    common = [key for key in table[policies[0]] if all(key in rows for rows in table.values())]
+    known = [key for key in common if any(rows[key].e2e_s is not None for rows in table.values())]
+    figures = tuple(_figures(policy, [table[policy][key] for key in known]) for policy in policies)
+    means = {each.policy: each.mean_s for each in figures}
+    p95s = {each.policy: each.p95_s for each in figures}
+    fixed = min((policy for policy in FIXED if policy in means), key=means.__getitem__, default=None)
+    has = ours in means and bool(known)
+    return Compared(
+        name=name,
+        lost=len(common) - len(known),
+        figures=figures,
+        ours=ours,
+        fixed=fixed,
+        gain=1 - means[ours] / means[fixed] if has and fixed and means[fixed] > 0 else None,
+        best=has and means[ours] <= min(means.values()) * (1 + TIED),
+        best_p95=has and p95s[ours] <= min(p95s.values()) * (1 + TIED),
+    )
+
+
+def paired(name: str, first: Sequence[QuestionResult], second: Sequence[QuestionResult]) -> Paired | None:
+    """Of questions that both answered; None without any."""
+    pairs = [
+        (one.e2e_s, other.e2e_s)
+        for one, other in zip(first, second, strict=True)
+        if one.e2e_s is not None and other.e2e_s is not None
+    ]
+    if not pairs:
+        return None
+    values = np.array(pairs, dtype=np.float64)
+    draws = np.random.default_rng(SEED).integers(len(values), size=(RESAMPLES, len(values)))
+    means = values[draws].mean(axis=1)
+    differences, ratios = means[:, 1] - means[:, 0], means[:, 1] / np.maximum(means[:, 0], 1e-9)
+    one_s, other_s = values.mean(axis=0).tolist()
+    return Paired(
+        name=name,
+        questions=len(pairs),
+        first_s=one_s,
+        second_s=other_s,
+        difference_s=(other_s - one_s, *_interval(differences)),
+        ratio=(other_s / max(one_s, 1e-9), *_interval(ratios)),
+    )
+
+
+def replays_compared(first: Sequence[Result], second: Sequence[Result]) -> tuple[Paired, ...]:
+    """Run by run of the same site, trace, device, policy and seed: of all together, then by policy."""
+    before = {(result.key[:4], result.policy): result for result in first}
+    both = [
+        (before[result.key[:4], result.policy], result)
+        for result in second
+        if (result.key[:4], result.policy) in before
+    ]
+    found = []
+    for policy in ("all", *dict.fromkeys(result.policy for _, result in both)):
+        pairs = [pair for one, other in both if policy in {"all", other.policy} for pair in _same(one, other)]
+        each = paired(policy, [one for one, _ in pairs], [other for _, other in pairs])
+        if each is not None:
+            found.append(each)
+    return tuple(found)
+
+
+def cdf(results: Iterable[Result], policy: str) -> tuple[list[float], list[float]]:
+    """E2E in rising order, and the share of questions at or below each; those that were not answered never come."""
+    questions = [question for result in results if result.policy == policy for question in result.questions]
+    e2e_s = sorted(question.e2e_s for question in questions if question.e2e_s is not None)
+    return e2e_s, [(index + 1) / len(questions) for index in range(len(e2e_s))]
+
+
+def _same(one: Result, other: Result) -> Iterator[tuple[QuestionResult, QuestionResult]]:
+    """Questions of both, by number."""
+    known = {question.number: question for question in one.questions}
+    for question in other.questions:
+        if question.number in known:
+            yield known[question.number], question
+
+
+def _questions(results: Sequence[Result], policy: str) -> Iterator[tuple[tuple[object, ...], QuestionResult]]:
+    for result in results:
+        if result.policy == policy:
+            yield from (((*result.key, question.number), question) for question in result.questions)
+
+
+def _figures(policy: str, questions: Sequence[QuestionResult]) -> Figures:
+    seconds: Floats = np.array([UNANSWERED_S if each.e2e_s is None else each.e2e_s for each in questions])
+    off = [
+        abs(each.predicted_s / each.e2e_s - 1)
+        for each in questions
+        if each.e2e_s is not None and each.e2e_s > 0 and each.predicted_s is not None
+    ]
+    media = [link.medium for each in questions for link in each.links]
+    return Figures(
+        policy=policy,
+        questions=len(questions),
+        answered=sum(each.e2e_s is not None for each in questions),
+        mean_s=float(seconds.mean()) if seconds.size else 0.0,
+        median_s=float(np.median(seconds)) if seconds.size else 0.0,
+        p95_s=float(np.percentile(seconds, 95)) if seconds.size else 0.0,
+        timed=sum(each.deadline_s is not None for each in questions),
+        missed=sum(each.missed for each in questions),
+        sent_bytes=sum(each.sent_bytes for each in questions),
+        fallbacks=sum(each.fallbacks for each in questions),
+        off=float(np.median(off)) if off else None,
+        kl=float(np.mean([each.kl for each in questions])) if questions else 0.0,
+        media=(media.count("tokens"), media.count("cache"), media.count("split")),
+    )
+
+
+def _interval(values: Floats) -> tuple[float, float]:
+    low, high = np.percentile(values, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)])
+    return float(low), float(high)
+
+
+def runs_of(results: Sequence[Result]) -> Iterator[tuple[tuple[str, str, str, int, str], list[Result]]]:
+    """Results that differ in their policy only, together."""
+    rows = sorted(results, key=lambda result: result.key)
+    for key, group in groupby(rows, key=lambda result: result.key):
+        yield key, list(group)

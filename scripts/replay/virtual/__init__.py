@@ -1,0 +1,1 @@
+"""Agents in virtual time: an agent's own rules, with seconds and bits where it would compute, code and send."""

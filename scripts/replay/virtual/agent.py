@@ -1,0 +1,152 @@
+"""An agent in virtual time: orders in, outcomes out, presence and telemetry all the while (edge_agent.agent)."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Mapping, Sequence
+
+from broker_config import topics
+from broker_config.bus import Bus
+from broker_config.messages import (
+    AnswerOrder,
+    CancelOrder,
+    Order,
+    PaceOrder,
+    Presence,
+    SendOrder,
+    Speed,
+    Telemetry,
+    new_id,
+)
+from edge_agent.link_quality import LinkMeter
+from edge_agent.settings import MemorySettings, TelemetrySettings
+from edge_agent.tasks import Tasks
+from scripts.replay.virtual.answering import VirtualAnswering
+from scripts.replay.virtual.broker import ProbeBus
+from scripts.replay.virtual.engine import VirtualEngine
+from scripts.replay.virtual.fleet import Neighbours
+from scripts.replay.virtual.sending import VirtualSending
+from scripts.replay.virtual.store import Context, VirtualStore
+from scripts.traces.memory import MemoryTrace
+
+PREFILLER = "contexts"
+"""The asker in whose name an agent computes what it holds."""
+
+
+class VirtualAgent:
+    """One agent. speed: what its device really does, noise: see VirtualEngine. start_s: when it begins to work; signal:
+    of its radio, in dBm.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        control: Bus,
+        neighbours: Neighbours,
+        speed: Speed,
+        noise: float,
+        contexts: Sequence[Context],
+        cached: bool,
+        memory: MemorySettings,
+        others: MemoryTrace,
+        telemetry: TelemetrySettings,
+        start_s: float,
+        signal: Callable[[], float | None],
+        question_tokens: Callable[[str], int],
+        answer_tokens: int,
+        seed: int,
+    ) -> None:
+        clock = asyncio.get_running_loop().time
+        model, access = neighbours.model, neighbours.access(name)
+        self.name, self._control, self._neighbours, self._telemetry = name, control, neighbours, telemetry
+        self._instance, self._sequence, self._began_s = new_id(), 0, clock()
+        self._tasks, self._start_s = Tasks(), start_s
+        self.engine = VirtualEngine(
+            speed, elements_per_token=model.elements_per_token, noise=noise, dice=random.Random(f"{seed} {name}")
+        )
+        self.store = VirtualStore(model, memory, others=others, clock=clock, recode=self._recode)
+        for context in contexts:
+            self.store.add(context, cached=cached)
+        self._unread = [] if cached else list(contexts)
+        self._link = LinkMeter(bulk=ProbeBus(access, control.site), agent=name, signal=signal, clock=clock)
+        self._answering = VirtualAnswering(
+            agent=name,
+            engine=self.engine,
+            store=self.store,
+            control=control,
+            link=self._link,
+            neighbours=neighbours,
+            question_tokens=question_tokens,
+            answer_tokens=answer_tokens,
+        )
+        self._sending = VirtualSending(
+            agent=name,
+            engine=self.engine,
+            store=self.store,
+            control=control,
+            link=self._link,
+            neighbours=neighbours,
+        )
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        await asyncio.sleep(self._start_s)
+        await self._control.subscribe(topics.ORDERS, self._order, agent=self.name)
+        presence = Presence(
+            agent=self.name, instance=self._instance, state="online", model=self._neighbours.model, software="virtual"
+        )
+        await self._control.publish(topics.PRESENCE, presence, agent=self.name)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._report(), name="telemetry")
+                group.create_task(self._link.run(self._telemetry.probe_interval_s), name="link probes")
+                group.create_task(self._prefill(), name="contexts")
+                group.create_task(self._tidy(), name="memory")
+        finally:
+            await self._tasks.close()
+
+    def _order(self, order: Order, _: Mapping[str, str]) -> None:
+        match order:
+            case SendOrder():
+                self._tasks.start(order.request, f"send {order.transfer}", self._sending.carry_out(order))
+            case AnswerOrder():
+                self._tasks.start(order.request, f"answer {order.request}", self._answering.carry_out(order))
+            case PaceOrder():
+                self._sending.pace(order)
+            case CancelOrder():
+                self._tasks.cancel(order.request)
+
+    async def _prefill(self) -> None:
+        """Compute what is held, one after the other."""
+        for context in self._unread:
+            await self.engine.prefill_context(context.tokens, PREFILLER)
+            self.store.keep(context.context_id)
+
+    async def _tidy(self) -> None:
+        while True:
+            await self.store.relieve()
+            await asyncio.sleep(self._telemetry.interval_s)
+
+    async def _report(self) -> None:
+        clock = asyncio.get_running_loop().time
+        while True:
+            telemetry = Telemetry(
+                agent=self.name,
+                instance=self._instance,
+                sequence=self._sequence,
+                uptime_s=clock() - self._began_s,
+                memory=self.store.memory,
+                link=self._link.quality,
+                speed=self.engine.meter.speed,
+                contexts=self.store.infos(),
+                sending=self._link.progress,
+                queued=self.engine.turns.waiting,
+            )
+            self._sequence += 1
+            await self._control.publish(topics.TELEMETRY, telemetry, agent=self.name)
+            await asyncio.sleep(self._telemetry.interval_s)
+
+    async def _recode(self, tokens: int, rung: str, kept: str) -> float:
+        return await self.engine.encode(self.engine.entries(tokens), rung, kept)

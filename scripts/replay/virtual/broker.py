@@ -1,0 +1,203 @@
+"""The bus in virtual time: messages take the time that their bits take on the links of those who speak and listen.
+
+Everybody listens before anybody speaks, so nothing is retained. The connection of an agent outlives outages, as a TCP
+connection does up to its keep-alive: what is said meanwhile comes late, in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+from broker_config import topics
+from broker_config.bus import Handler, Subscription
+from broker_config.messages import Probe, Telemetry
+from broker_config.topics import Topic
+from broker_config.wire import pack
+from scripts.replay.network import Network
+
+M = TypeVar("M")
+
+ENVELOPE_BYTES = 100
+"""Topic, MQTT's header and TCP's of one message."""
+
+_Parameters = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """An agent's link to the broker: the channels that its bits pass each way, and how long a signal takes one way."""
+
+    network: Network
+    up: tuple[str, ...]
+    down: tuple[str, ...]
+    delay_s: Callable[[], float]
+
+
+class Pipe:
+    """One way of a control connection: messages arrive in the order in which they were put."""
+
+    def __init__(self, network: Network, passes: tuple[str, ...], delay_s: Callable[[], float]) -> None:
+        self._network, self._passes, self._delay_s = network, passes, delay_s
+        self._waiting: deque[tuple[float, Callable[[], None]]] = deque()
+        self._carrying: asyncio.Task[None] | None = None
+        self._last_s = 0.0
+
+    def put(self, bits: float, deliver: Callable[[], None]) -> None:
+        """To be delivered at the other end."""
+        if self._carrying is None:
+            soon_s = self._network.alone_s(self._passes, bits)
+            if soon_s is not None:
+                self._arrive(soon_s, deliver)
+                return
+            self._carrying = asyncio.create_task(self._carry(), name="control messages on a busy link")
+        self._waiting.append((bits, deliver))
+
+    async def _carry(self) -> None:
+        while self._waiting:
+            batch, self._waiting = self._waiting, deque()
+            await self._network.carry(self._passes, sum(bits for bits, _ in batch))
+            for _, deliver in batch:
+                self._arrive(0.0, deliver)
+        self._carrying = None
+
+    def _arrive(self, after_s: float, deliver: Callable[[], None]) -> None:
+        loop = asyncio.get_running_loop()
+        self._last_s = max(self._last_s, loop.time() + after_s + self._delay_s())
+        loop.call_at(self._last_s, deliver)
+
+
+@dataclass(eq=False)
+class VirtualBroker:
+    """Connects buses. Belongs to one event loop."""
+
+    site: str
+    _listening: dict[tuple[str, _Parameters], list[_Listener]] = field(default_factory=dict)
+    _telemetry_bits: dict[tuple[int, int], float] = field(default_factory=dict)
+
+    def bus(self, access: Access | None = None) -> VirtualBus:
+        """A client behind a link, or one beside the broker."""
+        return VirtualBus(self, access)
+
+    def listen(self, topic: Topic[Any], parameters: Mapping[str, str], listener: _Listener) -> None:
+        self._listening.setdefault((topic.pattern, _sorted(parameters)), []).append(listener)
+
+    def forget(self, topic: Topic[Any], parameters: Mapping[str, str], listener: _Listener) -> None:
+        self._listening[topic.pattern, _sorted(parameters)].remove(listener)
+
+    def carry(self, topic: Topic[Any], parameters: dict[str, str], message: Any, bits: float) -> None:
+        """To all who listen to this topic with these parameters, or whatever they are."""
+        for wanted in dict.fromkeys((_sorted(parameters), ())):
+            for listener in tuple(self._listening.get((topic.pattern, wanted), ())):
+                deliver = partial(listener.handler, message, parameters)
+                if listener.down is None:
+                    asyncio.get_running_loop().call_soon(deliver)
+                else:
+                    listener.down.put(bits, deliver)
+
+    def bits(self, message: Any) -> float:
+        """Of a message on its way. Reports of as much say are taken to be as long as the first one was."""
+        if isinstance(message, Telemetry):
+            much = len(message.contexts), len(message.sending)
+            if much not in self._telemetry_bits:
+                self._telemetry_bits[much] = _bits(message)
+            return self._telemetry_bits[much]
+        return _bits(message)
+
+
+class VirtualBus:
+    """One client's control connection; implements broker_config.bus.Bus."""
+
+    def __init__(self, broker: VirtualBroker, access: Access | None) -> None:
+        self._broker = broker
+        self._up = Pipe(access.network, access.up, access.delay_s) if access else None
+        self._down = Pipe(access.network, access.down, access.delay_s) if access else None
+
+    @property
+    def site(self) -> str:
+        return self._broker.site
+
+    async def publish(self, topic: Topic[M], message: M, **parameters: str) -> None:
+        """It is on its way; nobody waits for the broker's word."""
+        bits = self._broker.bits(message)
+        if self._up is None:
+            self._broker.carry(topic, parameters, message, bits)
+        else:
+            self._up.put(bits, partial(self._broker.carry, topic, parameters, message, bits))
+
+    async def subscribe(self, topic: Topic[M], handler: Handler[M], **parameters: str) -> Subscription:
+        """From now on. All parameters, or none."""
+        listener = _Listener(handler, self._down)
+        self._broker.listen(topic, parameters, listener)
+        return _Listening(self._broker, topic, parameters, listener)
+
+
+class ProbeBus:
+    """An agent's bulk connection as its link meter uses it; implements broker_config.bus.Bus for probes."""
+
+    def __init__(self, access: Access, site: str) -> None:
+        self._access, self._site = access, site
+        self._handler: Handler[Any] | None = None
+        self._returning: set[asyncio.Task[None]] = set()
+
+    @property
+    def site(self) -> str:
+        return self._site
+
+    async def publish(self, topic: Topic[M], message: M, **parameters: str) -> None:
+        """Until the broker has acknowledged it."""
+        assert isinstance(message, Probe)  # noqa: S101  nothing else goes here
+        access = self._access
+        bits = 8.0 * (len(message.padding) + ENVELOPE_BYTES)
+        await access.network.carry(access.up, bits)
+        if topic is topics.PROBES:
+            task = asyncio.create_task(self._return(bits, message, parameters), name="a probe on its way back")
+            self._returning.add(task)
+            task.add_done_callback(self._returning.discard)
+        await asyncio.sleep(2 * access.delay_s())
+
+    async def subscribe(self, topic: Topic[M], handler: Handler[M], **parameters: str) -> Subscription:  # noqa: ARG002
+        """To what comes back."""
+        self._handler = handler
+        return _Deaf()
+
+    async def _return(self, bits: float, message: Any, parameters: Mapping[str, str]) -> None:
+        await asyncio.sleep(self._access.delay_s())
+        await self._access.network.carry(self._access.down, bits)
+        await asyncio.sleep(self._access.delay_s())
+        if self._handler is not None:
+            self._handler(message, parameters)
+
+
+@dataclass(frozen=True, eq=False)
+class _Listener:
+    handler: Handler[Any]
+    down: Pipe | None
+
+
+@dataclass(frozen=True)
+class _Listening:
+    broker: VirtualBroker
+    topic: Topic[Any]
+    parameters: Mapping[str, str]
+    listener: _Listener
+
+    async def close(self) -> None:
+        self.broker.forget(self.topic, self.parameters, self.listener)
+
+
+class _Deaf:
+    async def close(self) -> None:
+        """The meter never stops listening."""
+
+
+def _bits(message: Any) -> float:
+    return 8.0 * (len(pack(message)) + ENVELOPE_BYTES)
+
+
+def _sorted(parameters: Mapping[str, str]) -> _Parameters:
+    return tuple(sorted(parameters.items()))

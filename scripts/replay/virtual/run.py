@@ -1,0 +1,333 @@
+"""One run in virtual time: the coordinator's own code among virtual agents, on links that follow traces."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import msgspec
+
+from broker_config import topics
+from broker_config.bus import Bus
+from broker_config.messages import Ask, Ended, Refused, RoundEvent, RoundReport, ids_from, new_id
+from coordinator.errors import RequestRefused
+from coordinator.journal import Journal
+from coordinator.learning import Learned
+from coordinator.policy import Policy
+from coordinator.recorder import Keeps, RecordedBus
+from coordinator.recording import Event, Recording, Session
+from coordinator.service import Coordinator
+from scripts.replay.asks import Asked, Refusals, context_name, patiently, question_tokens, schedule
+from scripts.replay.clock import run_virtual
+from scripts.replay.network import Network
+from scripts.replay.policies import Watched, known
+from scripts.replay.results import (
+    QuestionResult,
+    Result,
+    Seconds,
+    question_result,
+    refused_result,
+)
+from scripts.replay.setting import (
+    AgentTerms,
+    Place,
+    Setting,
+    copied,
+    digest,
+    link_of,
+    memory_of,
+    memory_settings,
+    model_of,
+    settings_of,
+    speed_of,
+)
+from scripts.replay.virtual.agent import VirtualAgent
+from scripts.replay.virtual.broker import Access, VirtualBroker
+from scripts.replay.virtual.fleet import Neighbours
+from scripts.replay.virtual.store import Context
+from scripts.traces import Trace
+
+CLIENT = "asker"
+BEGAN_S = 1.7e9
+"""Of recordings: every run begins at the same moment, or no two of them were alike."""
+LAST_S = 130.0
+"""So long after its end the last question may still be under way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """Of one run. trace: of links that have none of their own; device: of all agents, instead of their own.
+
+    timelines: whether what agents tell is kept second by second. record: the file to record the session to.
+    """
+
+    place: Place
+    policy: Policy
+    trace_name: str = ""
+    trace: Trace | None = None
+    device: str = ""
+    seed: int = 0
+    timelines: bool = True
+    record: Path | None = None
+
+
+def run(terms: Terms, hear: Callable[[float], None] = lambda _: None) -> Result:
+    """Replay it. hear: seconds of the run so far. Raises SettingInvalid, ScheduleInvalid, RecordingUnwritable."""
+    began_s = time.perf_counter()
+    setting, groups = copied(terms.place.setting)
+    if terms.device:
+        agents = tuple(msgspec.structs.replace(agent, device=terms.device, speed=None) for agent in setting.agents)
+        setting = msgspec.structs.replace(setting, agents=agents)
+    place = replace(terms.place, setting=setting)
+    asked = schedule(place, groups, terms.seed)
+    dice = random.Random(f"{terms.seed} ids")
+    with TemporaryDirectory() as folder, ids_from(dice.randbytes):
+        stage = _Stage(terms, place, asked, Path(folder), hear)
+        run_virtual(stage.play(), limit_s=None)
+    return Result(
+        mode="virtual",
+        site=place.name,
+        trace=terms.trace_name,
+        device=terms.device,
+        policy=terms.policy.name,
+        seed=terms.seed,
+        duration_s=setting.duration_s,
+        questions=tuple(stage.results),
+        agents=stage.seconds.agents if stage.seconds is not None else (),
+        error=stage.policy.error,
+        seconds=time.perf_counter() - began_s,
+    )
+
+
+class _Stage:
+    """All that runs in one run."""
+
+    def __init__(
+        self, terms: Terms, place: Place, asked: Sequence[Asked], folder: Path, hear: Callable[[float], None]
+    ) -> None:
+        self._terms, self._place, self._asked, self._folder, self._hear = terms, place, asked, folder, hear
+        self._failed = False
+        self.policy = Watched(terms.policy, self._policy_raised)
+        self.results: list[QuestionResult] = []
+        self.seconds: Seconds | None = None
+        self._rates: dict[str, Trace | float] = {}
+
+    async def play(self) -> None:
+        """From the start to the last answer; to the policy's first error, if it raises."""
+        self._over = asyncio.Event()
+        setting, seed = self._place.setting, self._terms.seed
+        network, accesses = self._network()
+        broker = VirtualBroker(site=settings_of(setting, self.policy.name).site)
+        neighbours = Neighbours(model_of(setting), accesses, size_noise=setting.size_noise, seed=seed)
+        async with AsyncExitStack() as stack:
+            await self._start_coordinator(broker, stack)
+            asker = VirtualAsker(broker)
+            await asker.start()
+            works = [
+                asyncio.create_task(self._agent(broker, neighbours, terms, index).run(), name=terms.name)
+                for index, terms in enumerate(setting.agents)
+            ]
+            stack.push_async_callback(_cancel, works)
+            asking = [
+                asyncio.create_task(self._ask(asker, number, asked), name=f"question {number}")
+                for number, asked in enumerate(self._asked)
+            ]
+            stack.push_async_callback(_cancel, asking)
+            ended = asyncio.ensure_future(asyncio.wait(asking)) if asking else None
+            over = asyncio.create_task(self._over.wait())
+            tick = asyncio.create_task(self._tell())
+            stack.push_async_callback(_cancel, [over, tick, *([ended] if ended else [])])
+            waiting = {task for task in (ended, over, *works) if task is not None}
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+            for task in asking:
+                if task.done() and not task.cancelled():
+                    task.result()
+        self.results.sort(key=lambda result: result.number)
+        del network
+
+    def _network(self) -> tuple[Network, dict[str, Access]]:
+        """The channels, and each agent's way."""
+        setting, seed = self._place.setting, self._terms.seed
+        rates: dict[str, Trace | float] = {}
+        ways: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
+        for channel in setting.channels:
+            rates[channel.name] = link_of(self._place, channel, self._terms.trace, seed)
+            ways |= dict.fromkeys(channel.members, ((channel.name,), (channel.name,)))
+        for agent in setting.agents:
+            if agent.name not in ways:
+                up, down = f"{agent.name}/up", f"{agent.name}/down"
+                rates[up] = rates[down] = link_of(self._place, agent, self._terms.trace, seed)
+                ways[agent.name] = (up,), (down,)
+        network = Network(rates)
+        accesses = {}
+        for agent in setting.agents:
+            up_, down_ = ways[agent.name]
+            self._rates[agent.name] = rates[up_[0]]
+            delay_s = _delay(rates[up_[0]], agent.delay_ms / 1000)
+            accesses[agent.name] = Access(network=network, up=up_, down=down_, delay_s=delay_s)
+        return network, accesses
+
+    async def _start_coordinator(self, broker: VirtualBroker, stack: AsyncExitStack) -> None:
+        settings = settings_of(self._place.setting, self.policy.name)
+        bus: Bus = broker.bus()
+        keepers: list[Keeps] = []
+        if self._terms.record is not None:
+            session = Session(
+                site=settings.site,
+                began_s=BEGAN_S,
+                clock_s=0.0,
+                planning=settings.planning,
+                channels=settings.channels,
+                learned=Learned(),
+            )
+            keepers.append(Recording(self._terms.record, session))
+        if self._terms.timelines:
+            self.seconds = Seconds(self._true_mbps)
+            keepers.append(self.seconds)
+        if keepers:
+            recorded = RecordedBus(bus, _All(keepers))
+            stack.callback(recorded.close)
+            bus = recorded
+        journal = Journal(self._folder / "rounds.jsonl")
+        stack.callback(journal.close)
+        coordinator = Coordinator(settings, policies=known(self.policy))
+        await coordinator.join(bus, journal)
+        serving = asyncio.create_task(coordinator.serve(), name="coordinator")
+        stack.push_async_callback(_cancel, [serving])
+
+    def _agent(self, broker: VirtualBroker, neighbours: Neighbours, terms: AgentTerms, index: int) -> VirtualAgent:
+        place, seed = self._place, self._terms.seed
+        setting: Setting = place.setting
+        rate = self._rates[terms.name]
+        return VirtualAgent(
+            terms.name,
+            control=broker.bus(neighbours.access(terms.name)),
+            neighbours=neighbours,
+            speed=speed_of(terms),
+            noise=setting.noise,
+            contexts=[
+                Context(context_name(tokens), digest(terms.name, tokens, seed), tokens) for tokens in terms.contexts
+            ],
+            cached=terms.cached,
+            memory=memory_settings(terms.memory),
+            others=memory_of(place, terms, seed),
+            telemetry=setting.telemetry,
+            start_s=setting.telemetry.interval_s * index / len(setting.agents),
+            signal=_signal(rate),
+            question_tokens=question_tokens,
+            answer_tokens=setting.answer_tokens,
+            seed=seed,
+        )
+
+    async def _ask(self, asker: VirtualAsker, number: int, asked: Asked) -> None:
+        await asyncio.sleep(asked.at_s)
+        patience_s = self._place.setting.requests.patience_s
+        kls = {rung.name: rung.kl for rung in model_of(self._place.setting).ladder}
+        try:
+            report, refused = await patiently(lambda: asker.ask(asked), patience_s)
+        except Refusals as error:
+            self.results.append(refused_result(number, asked, error.count, str(error)))
+        else:
+            self.results.append(question_result(number, asked, report, refused, kls))
+
+    async def _tell(self) -> None:
+        """How far it is."""
+        while True:
+            self._hear(asyncio.get_running_loop().time())
+            await asyncio.sleep(1)
+
+    def _policy_raised(self) -> None:
+        self._over.set()
+
+    def _true_mbps(self, agent: str, at_s: float) -> float:
+        rate = self._rates[agent]
+        return round((rate.at(at_s).bandwidth_bps if isinstance(rate, Trace) else rate) / 1e6, 4)
+
+
+class VirtualAsker:
+    """Asks, beside the broker, and waits for the ends."""
+
+    def __init__(self, broker: VirtualBroker) -> None:
+        self._bus = broker.bus()
+        self._waiting: dict[str, asyncio.Future[Ended | Refused]] = {}
+
+    async def start(self) -> None:
+        """Listen."""
+        await self._bus.subscribe(topics.EVENTS, self._take, client=CLIENT)
+
+    async def ask(self, asked: Asked) -> RoundReport:
+        """The end's report. Raises RequestRefused."""
+        request = new_id()
+        self._waiting[request] = asyncio.get_running_loop().create_future()
+        ask = Ask(
+            request=request,
+            client=CLIENT,
+            question=asked.question,
+            sources=asked.sources,
+            receiver=asked.receiver,
+            deadline_s=asked.deadline_s,
+            quality_floor=asked.quality_floor,
+            max_new_tokens=asked.max_new_tokens,
+        )
+        try:
+            await self._bus.publish(topics.REQUESTS, ask)
+            end = await self._waiting[request]
+        finally:
+            del self._waiting[request]
+        if isinstance(end, Refused):
+            raise RequestRefused(end.reason)
+        return end.report
+
+    def _take(self, event: RoundEvent, _: Mapping[str, str]) -> None:
+        if isinstance(event, Ended | Refused):
+            request = event.report.request if isinstance(event, Ended) else event.request
+            waiting = self._waiting.get(request)
+            if waiting is not None and not waiting.done():
+                waiting.set_result(event)
+
+
+@dataclass(frozen=True)
+class _All:
+    """Several keepers as one."""
+
+    keepers: Sequence[Keeps]
+
+    def add(self, event: Event) -> None:
+        for keeper in self.keepers:
+            keeper.add(event)
+
+    def close(self) -> None:
+        for keeper in self.keepers:
+            keeper.close()
+
+
+def _delay(rate: Trace | float, otherwise_s: float) -> Callable[[], float]:
+    """One way, now."""
+
+    def delay_s() -> float:
+        rtt_s = rate.at(asyncio.get_running_loop().time()).rtt_s if isinstance(rate, Trace) else None
+        return otherwise_s if rtt_s is None else rtt_s / 2
+
+    return delay_s
+
+
+def _signal(rate: Trace | float) -> Callable[[], float | None]:
+    def dbm() -> float | None:
+        return rate.at(asyncio.get_running_loop().time()).rssi_dbm if isinstance(rate, Trace) else None
+
+    return dbm
+
+
+async def _cancel(tasks: Sequence[asyncio.Future[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
