@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 GRACE_S = 5.0
+START_TIMEOUT_S = 120.0
 LINES_SHOWN = 5
 
 
@@ -55,18 +56,22 @@ class Processes:
         lines = (self.folder / f"{name}.log").read_text(errors="replace").splitlines()
         return "\n".join(f"    {line}" for line in lines[-LINES_SHOWN:])
 
-    async def stop(self) -> None:
-        """End all of them: asked first, then killed."""
-        for process in self.running.values():
+    async def end(self, *names: str) -> None:
+        """End these: asked first, then killed."""
+        ending = [self.running.pop(name) for name in names]
+        for process in ending:
             _signal(process, signal.SIGTERM)
         try:
             async with asyncio.timeout(GRACE_S):
-                await asyncio.gather(*(process.wait() for process in self.running.values()))
+                await asyncio.gather(*(process.wait() for process in ending))
         except TimeoutError:
-            for process in self.running.values():
+            for process in ending:
                 _signal(process, signal.SIGKILL)
-            await asyncio.gather(*(process.wait() for process in self.running.values()))
-        self.running.clear()
+            await asyncio.gather(*(process.wait() for process in ending))
+
+    async def stop(self) -> None:
+        """End all of them."""
+        await self.end(*self.running)
 
 
 @asynccontextmanager
@@ -77,6 +82,20 @@ async def processes(folder: Path) -> AsyncIterator[Processes]:
         yield started
     finally:
         await asyncio.shield(started.stop())
+
+
+async def until_listening(port: int, programs: Processes) -> None:
+    """Until somebody takes connections at a port. Raises DemoFailed, TimeoutError."""
+    async with asyncio.timeout(START_TIMEOUT_S):
+        while True:
+            programs.check()
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+            except OSError:
+                await asyncio.sleep(0.05)
+            else:
+                writer.close()
+                return
 
 
 def free_port() -> int:

@@ -13,14 +13,13 @@ from broker_config.settings import BrokerSettings
 from coordinator.client import Client, Watch
 from coordinator.fleet import Fleet
 from coordinator.show import size
-from scripts.demo.processes import DemoFailed, Processes, free_port, processes
+from scripts.demo.processes import START_TIMEOUT_S, DemoFailed, Processes, free_port, processes, until_listening
 from scripts.demo.script import AGENTS, CACHE_BUDGET_MB, DOCUMENTS, FILLED, MEGABIT, RECEIVER, SENDERS, Act, pages
 from scripts.link import Bucket, EmulatedLink
 
 SITE = "demo"
 EXACT = "float32"
 DELAY_S = 0.005
-START_TIMEOUT_S = 120.0
 LINK_TIMEOUT_S = 12.0
 CLOSE_ENOUGH = 0.25
 """A measured rate this near to the set one is taken as settled."""
@@ -91,7 +90,7 @@ async def stage(bundle: Path, folder: Path, act: Act, say: Say, record: Path | N
         configuration.write_text(
             f'site = "{SITE}"\nstate_folder = "{folder}"\n[broker]\nport = {port}\nbackoff_cap_s = 0.5\n'
         )
-        await _until_listening(port, programs)
+        await until_listening(port, programs)
         recorded = ["--record", str(record)] if record else []
         await programs.start("coordinator", ["coordinator.cli", "run", "--config", str(configuration), *recorded])
         links = {}
@@ -115,19 +114,6 @@ async def stage(bundle: Path, folder: Path, act: Act, say: Say, record: Path | N
                 await programs.start(agent, ["edge_agent.cli", "run", str(folder / f"{agent}.toml"), "--plain"])
             await _until_ready(watch, programs, group, say)
         yield Stage(client=client, watch=watch, links=links, programs=programs)
-
-
-async def _until_listening(port: int, programs: Processes) -> None:
-    async with asyncio.timeout(START_TIMEOUT_S):
-        while True:
-            programs.check()
-            try:
-                _, writer = await asyncio.open_connection("127.0.0.1", port)
-            except OSError:
-                await asyncio.sleep(0.05)
-            else:
-                writer.close()
-                return
 
 
 async def _until_ready(watch: Watch, programs: Processes, agents: tuple[str, ...], say: Say) -> None:

@@ -1,27 +1,227 @@
-"""`python -m scripts.replay`: what was recorded, again."""
+"""`python -m scripts.replay`: traces and recorded sessions, again."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import sys
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
+import msgspec
 import structlog
 import typer
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from broker_config.errors import BusError
 from coordinator.errors import CoordinatorError
 from coordinator.recording import Recorded
+from edge_agent.errors import AgentError
+from scripts.bench.runtime.shown import Steps
+from scripts.demo.processes import DemoFailed
+from scripts.link.errors import LinkError
+from scripts.prepare_model import default_bundle
+from scripts.provenance import machine, versions
+from scripts.replay import shipped
 from scripts.replay.again import plans_again
+from scripts.replay.errors import ReplayError, SettingInvalid
+from scripts.replay.findings import agreement
+from scripts.replay.live import Broker, LiveTerms, measured
+from scripts.replay.live import live as lived
+from scripts.replay.policies import policy_named
+from scripts.replay.results import Result, write_results
+from scripts.replay.setting import read_setting
+from scripts.replay.sweep import OWN_DEVICES, Sweep, sweep
+from scripts.replay.tables import agreement_lines, result_lines
+from scripts.replay.virtual.run import Terms
+from scripts.replay.virtual.run import run as run_virtually
+from scripts.traces import Trace, TraceError
+from scripts.traces.anything import read_any
+
+OUTPUT = Path("build/replay")
+RESULTS = "results.jsonl"
+MOST_TIMELINES = 64
+"""Runs of which what agents told is kept second by second, if it isn't asked for: a tenth of a megabyte each."""
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True)
 console = Console(highlight=False, soft_wrap=True)
+progress = Console(stderr=True, highlight=False)
 
 
 @app.callback()
 def replay() -> None:
-    """Replay recorded sessions."""
+    """Replay traces and recorded sessions (docs/replay.md)."""
+
+
+@app.command()
+def run(  # noqa: PLR0917  a command's options
+    sites: Annotated[
+        list[Path] | None, typer.Argument(help="Sites (TOML); the shipped one with four agents if none is named.")
+    ] = None,
+    trace: Annotated[
+        list[str] | None,
+        typer.Option(help="A link trace: CSV, mahimahi, or session.mcap:AGENT. Repeat for more; none: made ones."),
+    ] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option(help="A policy by name, or one of your own as module:name. Repeat for more.")
+    ] = None,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(help="Give all agents this device: pi-4, pi-5, orin-nano, x86. Repeat for more."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each kind, each drawn by another seed.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Processes; -1: one a core.")] = -1,
+    timelines: Annotated[
+        bool | None, typer.Option(help="Keep what agents tell second by second; by itself up to 64 runs.")
+    ] = None,
+    record: Annotated[Path | None, typer.Option(help="Record each session to a file in this directory.")] = None,
+    output: Annotated[Path, typer.Option(help="Directory for results and tables.")] = OUTPUT,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write all of it to this file.")] = None,
+) -> None:
+    """Replay traces in virtual time: every trace with every policy, hours of it in seconds."""
+    try:
+        places = [read_setting(path) for path in sites or [shipped.SITE_FILE]]
+        terms = Sweep(
+            places=places,
+            traces=_traces(trace) if trace else shipped.traces(),
+            policies=tuple(policy or shipped.POLICIES),
+            devices=tuple(device or [OWN_DEVICES]),
+            seeds=tuple(range(seeds)),
+            timelines=True,
+            record=record,
+        )
+        terms = replace(terms, timelines=terms.count <= MOST_TIMELINES if timelines is None else timelines)
+        _ready(output, record, json_file)
+        results = _swept(terms, jobs)
+        _write(results, result_lines(results, results[0].policy), output, json_file)
+    except (ReplayError, CoordinatorError, TraceError) as error:
+        typer.echo(f"replay: {error}", err=True)
+        raise typer.Exit(1) from None
+    except OSError as error:
+        typer.echo(f"replay: {error.filename or output} can't be written: {error.strerror or error}", err=True)
+        raise typer.Exit(1) from None
+    if any(result.error for result in results):
+        raise typer.Exit(1)
+
+
+def _traces(sources: list[str]) -> list[tuple[str, Trace | None]]:
+    """By name. Raises TraceError."""
+    found: list[tuple[str, Trace | None]] = []
+    for source in sources:
+        name, trace, cut = read_any(source)
+        if cut:
+            progress.print(f"{source}: {cut}; replayed up to there", markup=False)
+        found.append((name, trace))
+    return found
+
+
+def _ready(output: Path, record: Path | None, json_file: Path | None) -> None:
+    """Finds out before the work whether its result can be written. Raises OSError, SettingInvalid."""
+    for folder in (output, record):
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise SettingInvalid(f"--json: there is no directory {json_file.absolute().parent}")
+
+
+def _swept(terms: Sweep, jobs: int) -> list[Result]:
+    results = []
+    with Steps(progress) as steps:
+        steps.expect(terms.count)
+        for result in sweep(terms, jobs):
+            steps.next(f"{result.trace or result.site} {result.device} {result.policy}")
+            results.append(result)
+    return results
+
+
+def _write(results: list[Result], lines: list[str], output: Path, json_file: Path | None) -> None:
+    """Raises OSError."""
+    command = " ".join(["python -m scripts.replay", *sys.argv[1:]])
+    text = "\n".join([f"`{command}`\n", *lines]) + "\n"
+    write_results(output / RESULTS, results)
+    (output / "replay.md").write_text(text, encoding="utf-8")
+    if json_file is not None:
+        record = {"command": command, "machine": machine(), "versions": versions(("kvbus", "numpy")), "runs": results}
+        json_file.write_bytes(msgspec.json.format(msgspec.json.encode(record)))
+    typer.echo(text)
+    hours = sum(result.duration_s for result in results) / 3600
+    typer.echo(f"{len(results)} runs, {hours:.1f} h of traces; in {output}: {RESULTS}, replay.md")
+    typer.echo(f"as a page: python -m scripts.replay report {output / RESULTS}")
+
+
+@app.command()
+def live(  # noqa: PLR0917  a command's options
+    site: Annotated[Path, typer.Argument(help="The site (TOML).", show_default="the shipped one")] = shipped.LIVE_FILE,
+    trace: Annotated[
+        list[str] | None,
+        typer.Option(help="A link trace: CSV, mahimahi, or session.mcap:AGENT. Repeat for more; none: a made one."),
+    ] = None,
+    policy: Annotated[list[str] | None, typer.Option(help="A policy of the coordinator; repeat for more.")] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="The model's bundle; the one of `make prepare-model` if none is named.")
+    ] = None,
+    broker: Annotated[Broker, typer.Option(help="Which broker to start.")] = Broker.EMBEDDED,
+    seed: Annotated[int, typer.Option(min=0, help="What is drawn.")] = 0,
+    record: Annotated[
+        Path | None, typer.Option(help="Keep sessions, logs and configurations in this directory.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Directory for results and tables.")] = OUTPUT / "live",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write all of it to this file.")] = None,
+) -> None:
+    """Replay traces live: real agents, model and broker, on emulated links; then the same in virtual time, beside it.
+
+    In virtual time agents have the speeds that they told of live, and the same ladder.
+    """
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
+    logging.getLogger().addHandler(logging.NullHandler())
+    try:
+        _ready(output, None, json_file)
+        with TemporaryDirectory(prefix="kvbus-live-") as temporary:
+            folder = _kept(record) if record is not None else Path(temporary)
+            terms = LiveTerms(
+                place=read_setting(site),
+                traces=_traces(trace) if trace else shipped.traces()[2:3],
+                policies=tuple(policy or shipped.POLICIES),
+                bundle=bundle or default_bundle(),
+                folder=folder,
+                broker=broker,
+                seed=seed,
+            )
+            results = asyncio.run(_lived(terms))
+        lines = [*result_lines([each for each in results if each.mode == "live"], terms.policies[0])]
+        lines += agreement_lines(agreement(results))
+        _write(results, lines, output, json_file)
+    except (ReplayError, CoordinatorError, TraceError, AgentError, BusError, LinkError, DemoFailed) as error:
+        typer.echo(f"replay: {error}", err=True)
+        raise typer.Exit(1) from None
+    except OSError as error:
+        typer.echo(f"replay: {error.filename or output} can't be written: {error.strerror or error}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _kept(record: Path) -> Path:
+    """A new directory of that name. Raises SettingInvalid."""
+    if record.exists():
+        raise SettingInvalid(f"{record} exists already; name another directory to record to")
+    record.mkdir(parents=True)
+    return record.absolute()
+
+
+async def _lived(terms: LiveTerms) -> list[Result]:
+    """Each run's result, and that of its twin in virtual time."""
+    results = []
+    traces = dict(terms.traces)
+    async for played in lived(terms, lambda line: progress.print(line, markup=False)):
+        results.append(played.result)
+        place = measured(terms.place, played.recording, terms.bundle)
+        known, name = policy_named(played.result.policy), played.result.trace
+        twin = Terms(place=place, policy=known, trace_name=name, trace=traces[name], seed=terms.seed)
+        results.append(await asyncio.to_thread(run_virtually, twin))
+    return results
 
 
 @app.command()

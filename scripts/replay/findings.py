@@ -153,6 +153,51 @@ def replays_compared(first: Sequence[Result], second: Sequence[Result]) -> tuple
     return tuple(found)
 
 
+class Agreement(Struct, frozen=True, kw_only=True):
+    """A live run beside its twin in virtual time.
+
+    live_s, virtual_s: medians of E2E in seconds over the questions that both answered; ratio: of these, virtual ÷ live;
+    paired: median over questions of that ratio.
+    """
+
+    name: str
+    questions: int
+    live_s: float
+    virtual_s: float
+    ratio: float
+    paired: float
+
+
+def agreement(results: Sequence[Result]) -> tuple[Agreement, ...]:
+    """Every live run that has a twin, then all of them together."""
+    twins = {(result.key[:4], result.policy): result for result in results if result.mode == "virtual"}
+    pairs: dict[str, list[tuple[float, float]]] = {}
+    for result in results:
+        twin = twins.get((result.key[:4], result.policy))
+        if result.mode != "live" or twin is None:
+            continue
+        known = [
+            (one.e2e_s, other.e2e_s)
+            for one, other in _same(result, twin)
+            if one.e2e_s is not None and other.e2e_s is not None
+        ]
+        pairs.setdefault(f"{result.trace or result.site}, {result.policy}", []).extend(known)
+    rows = [*pairs.items(), ("all", [pair for each in pairs.values() for pair in each])]
+    return tuple(_agreement(name, np.array(known)) for name, known in rows if known)
+
+
+def _agreement(name: str, pairs: Floats) -> Agreement:
+    live_s, virtual_s = np.median(pairs, axis=0).tolist()
+    return Agreement(
+        name=name,
+        questions=len(pairs),
+        live_s=live_s,
+        virtual_s=virtual_s,
+        ratio=virtual_s / live_s,
+        paired=float(np.median(pairs[:, 1] / pairs[:, 0])),
+    )
+
+
 def cdf(results: Iterable[Result], policy: str) -> tuple[list[float], list[float]]:
     """E2E in rising order, and the share of questions at or below each; those that were not answered never come."""
     questions = [question for result in results if result.policy == policy for question in result.questions]

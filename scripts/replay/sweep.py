@@ -5,10 +5,11 @@ Runs go through joblib: within `joblib.parallel_config(backend="dask")`, say, th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import structlog
 from joblib import Parallel, delayed
@@ -39,7 +40,6 @@ class Sweep:
     seeds: Sequence[int] = (0,)
     timelines: bool = True
     record: Path | None = None
-    hear: Callable[[float], None] = field(default=lambda _: None)
 
     @property
     def count(self) -> int:
@@ -58,22 +58,25 @@ def sweep(terms: Sweep, jobs: int = -1) -> Iterator[Result]:
     cells = product(terms.places, terms.traces, terms.devices, terms.seeds, terms.policies)
     if jobs == 1:
         for cell in cells:
-            yield _one(*cell, terms.timelines, terms.record, terms.hear)
+            yield _one(_Cell(*cell), terms)
         return
     parallel = Parallel(n_jobs=jobs, return_as="generator", pre_dispatch="2*n_jobs")
-    yield from parallel(delayed(_one)(*cell, terms.timelines, terms.record) for cell in cells)
+    yield from parallel(delayed(_one)(_Cell(*cell), replace(terms, places=(), traces=())) for cell in cells)
 
 
-def _one(
-    place: Place,
-    trace: tuple[str, Trace | None],
-    device: str,
-    seed: int,
-    policy: str,
-    timelines: bool,
-    record: Path | None,
-    hear: Callable[[float], None] = lambda _: None,
-) -> Result:
+class _Cell(NamedTuple):
+    """Of a sweep."""
+
+    place: Place
+    trace: tuple[str, Trace | None]
+    device: str
+    seed: int
+    policy: str
+
+
+def _one(cell: _Cell, sweep_terms: Sweep) -> Result:
+    place, trace, device, seed, policy = cell
+    record = sweep_terms.record
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
     known = policy_named(policy)
     parts = (place.name, trace[0], device, known.name, str(seed))
@@ -85,11 +88,11 @@ def _one(
         trace=trace[1],
         device=device,
         seed=seed,
-        timelines=timelines,
+        timelines=sweep_terms.timelines,
         record=file,
     )
     try:
-        return run(terms, hear)
+        return run(terms)
     except (ReplayError, CoordinatorError) as error:
         why = str(error)
     except Exception as error:  # noqa: BLE001  of many runs one is lost, and it is told
