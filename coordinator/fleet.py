@@ -102,7 +102,9 @@ def apply(fleet: Fleet, event: Presence | Telemetry, now_s: float) -> Fleet:
     """The fleet after this event, heard at now_s."""
     state = fleet.agents.get(event.agent)
     changed = _on_presence(state, event, now_s) if isinstance(event, Presence) else _on_telemetry(state, event, now_s)
-    return Fleet(MappingProxyType({**fleet.agents, event.agent: _mark_duplicate(changed, now_s)}))
+    agents = dict(fleet.agents) if not isinstance(fleet.agents, MappingProxyType) else fleet.agents.copy()
+    agents[event.agent] = _mark_duplicate(changed, now_s)
+    return Fleet(MappingProxyType(agents))
 
 
 def expire(fleet: Fleet, now_s: float, forget_s: float = FORGET_S) -> Fleet:

@@ -72,9 +72,14 @@ class Moving:
 def revise(
     telemetry: Telemetry, rounds: Collection[Round], *, fleet: Fleet, settings: CoordinatorSettings, now_s: float
 ) -> list[tuple[str, PaceOrder]]:
-    """(agent, order) for every sender whose share changes, after this report, which the fleet already knows."""
+    """(agent, order) for every sender whose share changes, after this report, which the fleet already knows.
+
+    Of rounds in which the report's agent has no part nothing changes by it.
+    """
     orders: list[tuple[str, PaceOrder]] = []
     for round_ in rounds:
+        if telemetry.agent not in round_.agents:
+            continue
         running = [(transfer, link) for transfer, link in round_.running() if round_.paced(link)]
         if not running or (len(running) < 2 and not round_.revised):
             continue

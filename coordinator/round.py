@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import msgspec
@@ -105,7 +106,7 @@ class Round:
             references={transfer: link.link_bps for transfer, link in self.running()},
         )
 
-    @property
+    @cached_property
     def agents(self) -> tuple[str, ...]:
         """Everybody who has an order in this round."""
         return tuple(dict.fromkeys((self.ask.receiver, *(link.sender for link in self.links))))

@@ -15,8 +15,9 @@ T = TypeVar("T")
 class _JumpingSelector(selectors.BaseSelector):
     """Asks the real selector without waiting, and moves the clock by what would have been waited."""
 
-    def __init__(self, advance: Callable[[float], None]) -> None:
+    def __init__(self, advance: Callable[[float], None], every: int) -> None:
         self._real, self._advance = selectors.DefaultSelector(), advance
+        self._every, self._left = every, 1
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
         return self._real.register(fileobj, events, data)
@@ -25,7 +26,10 @@ class _JumpingSelector(selectors.BaseSelector):
         return self._real.unregister(fileobj)
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        ready = self._real.select(0)
+        self._left -= 1
+        ready = []
+        if not self._left or timeout is None:
+            ready, self._left = self._real.select(0), self._every
         if not ready:
             if timeout is None:
                 raise RuntimeError("everything waits, and no timer will ever end it")
@@ -42,9 +46,10 @@ class _JumpingSelector(selectors.BaseSelector):
 class VirtualLoop(asyncio.SelectorEventLoop):
     """Its time() passes only while everybody waits."""
 
-    def __init__(self, start_s: float = 0.0) -> None:
+    def __init__(self, start_s: float = 0.0, *, looks: int = 1) -> None:
+        """looks: so seldom it is looked whether anything came from outside (a thread, a signal)."""
         self._now_s = start_s
-        super().__init__(_JumpingSelector(self._advance))
+        super().__init__(_JumpingSelector(self._advance, looks))
 
     def time(self) -> float:
         return self._now_s
@@ -53,12 +58,17 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._now_s = max(self._now_s + max(seconds, 1e-9), math.nextafter(self._now_s, math.inf))
 
 
-def run_virtual(main: Coroutine[Any, Any, T], *, limit_s: float | None = 3_600.0, start_s: float = 0.0) -> T:
-    """Run to the end in virtual time, from start_s on. Raises TimeoutError after limit_s virtual seconds."""
+def run_virtual(
+    main: Coroutine[Any, Any, T], *, limit_s: float | None = 3_600.0, start_s: float = 0.0, looks: int = 1
+) -> T:
+    """Run to the end in virtual time, from start_s on. Raises TimeoutError after limit_s virtual seconds.
+
+    looks: see VirtualLoop.
+    """
 
     async def limited() -> T:
         async with asyncio.timeout(limit_s):
             return await main
 
-    with asyncio.Runner(loop_factory=partial(VirtualLoop, start_s)) as runner:
+    with asyncio.Runner(loop_factory=partial(VirtualLoop, start_s, looks=looks)) as runner:
         return runner.run(limited())

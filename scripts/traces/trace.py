@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,11 +33,15 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Samples on a regular grid that starts at 0, at least one. After the end it starts again, or holds the last."""
+    """Samples on a regular grid that starts at 0, at least one. After the end it starts again, or holds the last.
+
+    from_s: which time of the samples is its time 0.
+    """
 
     samples: tuple[Sample, ...]
     step_s: float
     loop: bool = True
+    from_s: float = 0.0
 
     @property
     def duration_s(self) -> float:
@@ -57,23 +60,30 @@ class Trace:
         count = len(self.samples)
         for index in range(at + 1, at + count if self.loop else count):
             if self.samples[index % count].bandwidth_bps != self.samples[at].bandwidth_bps:
-                return (lap + index // count) * self.duration_s + self.samples[index % count].time_s
+                begin_s = (lap + index // count) * self.duration_s + self.samples[index % count].time_s
+                return begin_s - self.from_s
         return math.inf
 
     def _place(self, time_s: float) -> tuple[int, int]:
         """How often it has begun anew, and which sample is in force."""
+        samples, time_s = self.samples, time_s + self.from_s
         lap, within_s = divmod(time_s, self.duration_s) if self.loop else (0, time_s)
-        return int(lap), bisect_right(self.samples, within_s, key=lambda sample: sample.time_s) - 1
+        at = min(int(within_s / self.step_s), len(samples) - 1)
+        while at > 0 and samples[at].time_s > within_s:  # the grid is regular up to rounding
+            at -= 1
+        while at + 1 < len(samples) and samples[at + 1].time_s <= within_s:
+            at += 1
+        return int(lap), at
 
     def steps(self) -> Iterator[tuple[float, Sample]]:
-        """Every sample with the time it comes into force; without an end if the trace loops."""
-        lap = 0
+        """Every sample with the time it comes into force, the first at 0; without an end if the trace loops."""
+        lap, at = self._place(0.0)
         while True:
-            for sample in self.samples:
-                yield lap * self.duration_s + sample.time_s, sample
+            for sample in self.samples[at:]:
+                yield max(0.0, lap * self.duration_s + sample.time_s - self.from_s), sample
             if not self.loop:
                 return
-            lap += 1
+            lap, at = lap + 1, 0
 
 
 def read_trace(path: Path, *, loop: bool = True) -> Trace:
@@ -89,10 +99,8 @@ def write_trace(path: Path, trace: Trace) -> None:
 
 
 def shifted(trace: Trace, offset_s: float) -> Trace:
-    """The trace as it is from offset_s on (to a whole step), what was before coming behind its end."""
-    at = round(offset_s / trace.step_s) % len(trace.samples)
-    samples = (*trace.samples[at:], *trace.samples[:at])
-    return replace(trace, samples=tuple(replace(each, time_s=i * trace.step_s) for i, each in enumerate(samples)))
+    """The trace as it is from offset_s on (to a whole step)."""
+    return replace(trace, from_s=trace.from_s + round(offset_s / trace.step_s) * trace.step_s)
 
 
 def _sample(row: Row) -> Sample:

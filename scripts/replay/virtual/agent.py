@@ -7,7 +7,6 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 
 from broker_config import topics
-from broker_config.bus import Bus
 from broker_config.messages import (
     AnswerOrder,
     CancelOrder,
@@ -23,7 +22,7 @@ from edge_agent.link_quality import LinkMeter
 from edge_agent.settings import MemorySettings, TelemetrySettings
 from edge_agent.tasks import Tasks
 from scripts.replay.virtual.answering import VirtualAnswering
-from scripts.replay.virtual.broker import ProbeBus
+from scripts.replay.virtual.broker import ProbeBus, VirtualBus
 from scripts.replay.virtual.engine import VirtualEngine
 from scripts.replay.virtual.fleet import Neighbours
 from scripts.replay.virtual.sending import VirtualSending
@@ -43,7 +42,7 @@ class VirtualAgent:
         self,
         name: str,
         *,
-        control: Bus,
+        control: VirtualBus,
         neighbours: Neighbours,
         speed: Speed,
         noise: float,
@@ -63,6 +62,8 @@ class VirtualAgent:
         self.name, self._control, self._neighbours, self._telemetry = name, control, neighbours, telemetry
         self._instance, self._sequence, self._began_s = new_id(), 0, clock()
         self._tasks, self._start_s = Tasks(), start_s
+        self._reporting: asyncio.TimerHandle | None = None
+        self._relieving = False
         self.engine = VirtualEngine(
             speed, elements_per_token=model.elements_per_token, noise=noise, dice=random.Random(f"{seed} {name}")
         )
@@ -100,11 +101,12 @@ class VirtualAgent:
         await self._control.publish(topics.PRESENCE, presence, agent=self.name)
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._report(), name="telemetry")
                 group.create_task(self._link.run(self._telemetry.probe_interval_s), name="link probes")
                 group.create_task(self._prefill(), name="contexts")
-                group.create_task(self._tidy(), name="memory")
+                self._report()
         finally:
+            if self._reporting is not None:
+                self._reporting.cancel()
             await self._tasks.close()
 
     def _order(self, order: Order, _: Mapping[str, str]) -> None:
@@ -124,29 +126,33 @@ class VirtualAgent:
             await self.engine.prefill_context(context.tokens, PREFILLER)
             self.store.keep(context.context_id)
 
-    async def _tidy(self) -> None:
-        while True:
-            await self.store.relieve()
-            await asyncio.sleep(self._telemetry.interval_s)
+    def _report(self) -> None:
+        """Now, and again after the interval; when memory has filled, caches are tightened."""
+        loop = asyncio.get_running_loop()
+        telemetry = Telemetry(
+            agent=self.name,
+            instance=self._instance,
+            sequence=self._sequence,
+            uptime_s=loop.time() - self._began_s,
+            memory=self.store.memory,
+            link=self._link.quality,
+            speed=self.engine.meter.speed,
+            contexts=self.store.infos(),
+            sending=self._link.progress,
+            queued=self.engine.turns.waiting,
+        )
+        self._sequence += 1
+        self._control.post(topics.TELEMETRY, telemetry, agent=self.name)
+        if self.store.filled and not self._relieving:
+            self._relieving = True
+            self._tasks.start("memory", f"memory {self._sequence}", self._relieve())
+        self._reporting = loop.call_later(self._telemetry.interval_s, self._report)
 
-    async def _report(self) -> None:
-        clock = asyncio.get_running_loop().time
-        while True:
-            telemetry = Telemetry(
-                agent=self.name,
-                instance=self._instance,
-                sequence=self._sequence,
-                uptime_s=clock() - self._began_s,
-                memory=self.store.memory,
-                link=self._link.quality,
-                speed=self.engine.meter.speed,
-                contexts=self.store.infos(),
-                sending=self._link.progress,
-                queued=self.engine.turns.waiting,
-            )
-            self._sequence += 1
-            await self._control.publish(topics.TELEMETRY, telemetry, agent=self.name)
-            await asyncio.sleep(self._telemetry.interval_s)
+    async def _relieve(self) -> None:
+        try:
+            await self.store.relieve()
+        finally:
+            self._relieving = False
 
     async def _recode(self, tokens: int, rung: str, kept: str) -> float:
         return await self.engine.encode(self.engine.entries(tokens), rung, kept)

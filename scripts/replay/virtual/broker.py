@@ -123,6 +123,10 @@ class VirtualBus:
 
     async def publish(self, topic: Topic[M], message: M, **parameters: str) -> None:
         """It is on its way; nobody waits for the broker's word."""
+        self.post(topic, message, **parameters)
+
+    def post(self, topic: Topic[M], message: M, **parameters: str) -> None:
+        """The same at once."""
         bits = self._broker.bits(message)
         if self._up is None:
             self._broker.carry(topic, parameters, message, bits)
@@ -151,14 +155,20 @@ class ProbeBus:
     async def publish(self, topic: Topic[M], message: M, **parameters: str) -> None:
         """Until the broker has acknowledged it."""
         assert isinstance(message, Probe)  # noqa: S101  nothing else goes here
-        access = self._access
-        bits = 8.0 * (len(message.padding) + ENVELOPE_BYTES)
-        await access.network.carry(access.up, bits)
-        if topic is topics.PROBES:
+        access, loop = self._access, asyncio.get_running_loop()
+        bits, back = 8.0 * (len(message.padding) + ENVELOPE_BYTES), topic is topics.PROBES
+        up_s = access.network.alone_s(access.up, bits)
+        down_s = access.network.alone_s(access.down, bits) if back else None
+        if up_s is None:
+            await access.network.carry(access.up, bits)
+        elif back and down_s is not None:  # both ways are free: no need to look again on the way
+            loop.call_later(up_s + down_s + 2 * access.delay_s(), self._came_back, message, parameters)
+            back = False
+        if back:
             task = asyncio.create_task(self._return(bits, message, parameters), name="a probe on its way back")
             self._returning.add(task)
             task.add_done_callback(self._returning.discard)
-        await asyncio.sleep(2 * access.delay_s())
+        await asyncio.sleep((up_s or 0.0) + 2 * access.delay_s())
 
     async def subscribe(self, topic: Topic[M], handler: Handler[M], **parameters: str) -> Subscription:  # noqa: ARG002
         """To what comes back."""
@@ -169,6 +179,9 @@ class ProbeBus:
         await asyncio.sleep(self._access.delay_s())
         await self._access.network.carry(self._access.down, bits)
         await asyncio.sleep(self._access.delay_s())
+        self._came_back(message, parameters)
+
+    def _came_back(self, message: Any, parameters: Mapping[str, str]) -> None:
         if self._handler is not None:
             self._handler(message, parameters)
 

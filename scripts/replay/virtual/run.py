@@ -55,6 +55,8 @@ from scripts.replay.virtual.store import Context
 from scripts.traces import Trace
 
 CLIENT = "asker"
+LOOKS = 256
+"""Turns of the loop between two looks at what is outside: only Ctrl-C may come from there."""
 BEGAN_S = 1.7e9
 """Of recordings: every run begins at the same moment, or no two of them were alike."""
 LAST_S = 130.0
@@ -90,7 +92,7 @@ def run(terms: Terms, hear: Callable[[float], None] = lambda _: None) -> Result:
     dice = random.Random(f"{terms.seed} ids")
     with TemporaryDirectory() as folder, ids_from(dice.randbytes):
         stage = _Stage(terms, place, asked, Path(folder), hear)
-        run_virtual(stage.play(), limit_s=None)
+        run_virtual(stage.play(), limit_s=None, looks=LOOKS)
     return Result(
         mode="virtual",
         site=place.name,

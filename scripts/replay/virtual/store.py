@@ -52,41 +52,45 @@ class VirtualStore:
             share=settings.cache_budget_share,
             high=settings.high_watermark,
             low=settings.low_watermark,
-            system=lambda: System(self._available_bytes(), self._others.at(clock()).stalled_share),
+            system=lambda: System(self._available_bytes(self.cache_bytes), self._others.at(clock()).stalled_share),
         )
         self._held: dict[str, Context] = {}
         self._rungs: OrderedDict[str, str] = OrderedDict()
         """Of the caches that are kept, the longest unused first."""
+        self._infos: dict[tuple[str, str | None], ContextInfo] = {}
+        self._sizes: dict[tuple[int, str], int] = {}
         self._pins: Counter[str] = Counter()
 
     @property
     def cache_bytes(self) -> int:
         """What caches take."""
-        return sum(self._size(context_id) for context_id in self._rungs)
+        return sum(map(self._size, self._rungs))
 
     @property
     def memory(self) -> Memory:
         """As edge_agent.pressure.measure has it."""
         now = self._others.at(self._clock())
-        budget_bytes, available_bytes = self._budget.bytes_now(self.cache_bytes), self._available_bytes()
+        cache_bytes = self.cache_bytes
+        budget_bytes, available_bytes = self._budget.bytes_now(cache_bytes), self._available_bytes(cache_bytes)
         terms = [
-            self.cache_bytes / budget_bytes if budget_bytes else 1.0,
+            cache_bytes / budget_bytes if budget_bytes else 1.0,
             1 - available_bytes / self._others.total_bytes,
             now.stalled_share,
         ]
         return Memory(
             pressure=min(1.0, max(0.0, *terms)),
-            cache_bytes=self.cache_bytes,
+            cache_bytes=cache_bytes,
             cache_budget_bytes=budget_bytes,
             available_bytes=available_bytes,
             total_bytes=self._others.total_bytes,
-            resident_bytes=self.cache_bytes,
+            resident_bytes=cache_bytes,
             stalled_share=now.stalled_share,
         )
 
     def add(self, context: Context, *, cached: bool) -> None:
         """Hold a context, its cache as floats."""
         self._held[context.context_id] = context
+        self._held = {held.context_id: held for held in sorted(self._held.values(), key=lambda held: held.name)}
         if cached:
             self.keep(context.context_id)
 
@@ -112,10 +116,15 @@ class VirtualStore:
                 self._rungs.move_to_end(context_id)
                 return
 
+    @property
+    def filled(self) -> bool:
+        """Whether caches take more than the high watermark allows."""
+        return self._above(self._budget.high)
+
     async def relieve(self) -> None:
         """Take caches further until the watermarks are kept, or nothing is left to be done."""
         target = self._budget.high
-        while self.cache_bytes > target * max(1, self._budget.bytes_now(self.cache_bytes)):
+        while self._above(target):
             items = [Item(context_id, rung) for context_id, rung in self._rungs.items() if not self._pins[context_id]]
             step = next_step(items, self.shelf.tighter, disk=False)
             if step is None:
@@ -143,10 +152,16 @@ class VirtualStore:
 
     def infos(self) -> tuple[ContextInfo, ...]:
         """What telemetry says of the store, by name."""
-        return tuple(self._info(held) for held in sorted(self._held.values(), key=lambda held: held.name))
+        return tuple(map(self._info, self._held.values()))
 
     def _info(self, held: Context) -> ContextInfo:
         rung = self._rungs.get(held.context_id)
+        known = self._infos.get((held.context_id, rung))
+        return (
+            known if known is not None else self._infos.setdefault((held.context_id, rung), self._made_info(held, rung))
+        )
+
+    def _made_info(self, held: Context, rung: str | None) -> ContextInfo:
         return ContextInfo(
             context_id=held.context_id,
             name=held.name,
@@ -157,8 +172,15 @@ class VirtualStore:
             ready=None if rung is None or rung == EXACT else self.shelf.ready(rung),
         )
 
-    def _size(self, context_id: str) -> int:
-        return self.shelf.size_bytes(self._held[context_id].tokens, self._rungs[context_id])
+    def _above(self, mark: float) -> bool:
+        cache_bytes = self.cache_bytes
+        return cache_bytes > mark * max(1, self._budget.bytes_now(cache_bytes))
 
-    def _available_bytes(self) -> int:
-        return max(0, self._others.at(self._clock()).available_bytes - self.cache_bytes)
+    def _size(self, context_id: str) -> int:
+        kept = self._held[context_id].tokens, self._rungs[context_id]
+        if kept not in self._sizes:
+            self._sizes[kept] = self.shelf.size_bytes(*kept)
+        return self._sizes[kept]
+
+    def _available_bytes(self, cache_bytes: int) -> int:
+        return max(0, self._others.at(self._clock()).available_bytes - cache_bytes)
