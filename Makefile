@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installing torch (for preparing models; devices do without) ..."
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)"
 	@echo "installing kvbus and what it needs ..."
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[coordinator,export,entities,evaluate,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[coordinator,export,entities,evaluate,replay,dev]"
 	@touch $@
 
 .PHONY: install
@@ -74,6 +74,19 @@ bench: $(STAMP)  ## Measure codec, bus and links on this machine; tables under b
 .PHONY: policies
 policies: $(STAMP)  ## Compute what planning is worth, without any model; figures under build/policies/.
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.policies $(ARGS)
+
+.PHONY: replay
+replay: $(STAMP)  ## Replay traces under every policy in virtual time; tables under build/replay/. No model needed.
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.replay run $(ARGS)
+
+.PHONY: replay-live
+replay-live: $(STAMP)  ## The same with real agents on emulated links, beside their twins in virtual time (12 minutes).
+	$(BIN)/python -m scripts.prepare_model
+	$(BIN)/python -m scripts.replay live $(ARGS)
+
+.PHONY: report
+report: $(STAMP)  ## Make a page of the last replay, build/replay/report.html; runs one if there is none.
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.replay report $(ARGS)
 
 .PHONY: clean
 clean:  ## Remove .venv, build/ and caches of tools (not the model cache, see README).

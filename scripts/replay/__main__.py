@@ -19,7 +19,7 @@ from rich.text import Text
 
 from broker_config.errors import BusError
 from coordinator.errors import CoordinatorError
-from coordinator.recording import Recorded
+from coordinator.recording import SUFFIX, Recorded
 from edge_agent.errors import AgentError
 from scripts.bench.runtime.shown import Steps
 from scripts.demo.processes import DemoFailed
@@ -29,14 +29,14 @@ from scripts.provenance import machine, versions
 from scripts.replay import shipped
 from scripts.replay.again import plans_again
 from scripts.replay.errors import ReplayError, SettingInvalid
-from scripts.replay.findings import agreement
 from scripts.replay.live import Broker, LiveTerms, measured
 from scripts.replay.live import live as lived
 from scripts.replay.policies import policy_named
-from scripts.replay.results import Result, write_results
+from scripts.replay.results import Result, read_results, write_results
+from scripts.replay.session import session_results
 from scripts.replay.setting import read_setting
 from scripts.replay.sweep import OWN_DEVICES, Sweep, sweep
-from scripts.replay.tables import agreement_lines, result_lines
+from scripts.replay.tables import errors_of, tables_of
 from scripts.replay.virtual.run import Terms
 from scripts.replay.virtual.run import run as run_virtually
 from scripts.traces import Trace, TraceError
@@ -97,7 +97,7 @@ def run(  # noqa: PLR0917  a command's options
         terms = replace(terms, timelines=terms.count <= MOST_TIMELINES if timelines is None else timelines)
         _ready(output, record, json_file)
         results = _swept(terms, jobs)
-        _write(results, result_lines(results, results[0].policy), output, json_file)
+        _write(results, output, json_file)
     except (ReplayError, CoordinatorError, TraceError) as error:
         typer.echo(f"replay: {error}", err=True)
         raise typer.Exit(1) from None
@@ -138,19 +138,71 @@ def _swept(terms: Sweep, jobs: int) -> list[Result]:
     return results
 
 
-def _write(results: list[Result], lines: list[str], output: Path, json_file: Path | None) -> None:
-    """Raises OSError."""
-    command = " ".join(["python -m scripts.replay", *sys.argv[1:]])
-    text = "\n".join([f"`{command}`\n", *lines]) + "\n"
+def _write(results: list[Result], output: Path, json_file: Path | None) -> None:
+    """Results and tables; the last table, which is long, only to the file. Raises OSError."""
+    command = _command()
+    tables = ["\n".join(table.markdown()) for table in tables_of(results)]
+    text = "\n".join([f"`{command}`\n", *tables, *errors_of(results)]) + "\n"
     write_results(output / RESULTS, results)
     (output / "replay.md").write_text(text, encoding="utf-8")
     if json_file is not None:
         record = {"command": command, "machine": machine(), "versions": versions(("kvbus", "numpy")), "runs": results}
         json_file.write_bytes(msgspec.json.format(msgspec.json.encode(record)))
-    typer.echo(text)
+    typer.echo("\n".join([*tables[:-1], *errors_of(results)]))
     hours = sum(result.duration_s for result in results) / 3600
     typer.echo(f"{len(results)} runs, {hours:.1f} h of traces; in {output}: {RESULTS}, replay.md")
-    typer.echo(f"as a page: python -m scripts.replay report {output / RESULTS}")
+    typer.echo(f"as a page: python -m scripts.replay report {output / RESULTS} --output {output}")
+
+
+def _command() -> str:
+    return " ".join(["python -m scripts.replay", *sys.argv[1:]])
+
+
+@app.command()
+def report(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Results of `run` or `live`, recorded sessions; none: those of the last `run`."),
+    ] = None,
+    against: Annotated[Path | None, typer.Option(help="Results of another replay, to compare with.")] = None,
+    pictures: Annotated[bool, typer.Option(help="Draw each figure to a PNG, too.")] = True,
+    output: Annotated[Path, typer.Option(help="Directory for the page, its pictures and its numbers.")] = OUTPUT,
+) -> None:
+    """Make a page of results that opens without a network; without any, the shipped replay is run first."""
+    from scripts.replay.report import write_report  # noqa: PLC0415  what draws is heavy, and only for this
+
+    try:
+        if not files and not (OUTPUT / RESULTS).exists():
+            progress.print("nothing was replayed yet: the shipped site first", markup=False)
+            run(output=OUTPUT)
+        _ready(output, None, None)
+        results = [result for path in files or [OUTPUT / RESULTS] for result in _read(path)]
+        before = _read(against) if against is not None else ()
+        written = write_report(
+            results,
+            output,
+            command=_command(),
+            against=before,
+            pictures=pictures,
+            say=lambda line: progress.print(f"  {line}", markup=False),
+        )
+    except (ReplayError, CoordinatorError) as error:
+        typer.echo(f"replay: {error}", err=True)
+        raise typer.Exit(1) from None
+    except OSError as error:
+        typer.echo(f"replay: {error.filename or output} can't be written: {error.strerror or error}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(f"in {output}: {', '.join(path.name for path in written)}")
+
+
+def _read(path: Path) -> tuple[Result, ...]:
+    """Results, or what came of a recorded session. Raises ResultInvalid, RecordingInvalid."""
+    if path.suffix != SUFFIX:
+        return read_results(path)
+    results, cut = session_results(path)
+    if cut:
+        progress.print(f"{path}: {cut}; shown up to there", markup=False)
+    return results
 
 
 @app.command()
@@ -192,9 +244,7 @@ def live(  # noqa: PLR0917  a command's options
                 seed=seed,
             )
             results = asyncio.run(_lived(terms))
-        lines = [*result_lines([each for each in results if each.mode == "live"], terms.policies[0])]
-        lines += agreement_lines(agreement(results))
-        _write(results, lines, output, json_file)
+        _write(results, output, json_file)
     except (ReplayError, CoordinatorError, TraceError, AgentError, BusError, LinkError, DemoFailed) as error:
         typer.echo(f"replay: {error}", err=True)
         raise typer.Exit(1) from None

@@ -137,7 +137,7 @@ class _Stage:
         seconds = Seconds(lambda agent, at_s: self._true_mbps(agent, trace, at_s))
         for event in Recorded(recording):
             if event.at_s >= start_s:
-                seconds.add(replace(event, at_s=event.at_s - start_s))
+                seconds.add(event, event.at_s - start_s)
         result = Result(
             mode="live",
             site=terms.place.name,

@@ -167,16 +167,16 @@ class Seconds:
         """By name."""
         return tuple(self._agents[name] for name in sorted(self._agents))
 
-    def add(self, event: Event) -> None:
-        """Of what is heard, the reports."""
+    def add(self, event: Event, at_s: float | None = None) -> None:
+        """Of what is heard, the reports. at_s: another time for it."""
         if event.way != "heard" or not isinstance(event.message, Telemetry):
             return
-        message = event.message
+        message, at_s = event.message, event.at_s if at_s is None else at_s
         kept = self._agents.setdefault(message.agent, AgentSeconds(agent=message.agent))
         known = [context.rung for context in message.contexts]
         up_bps = message.link.uplink_bps
-        kept.time_s.append(round(event.at_s, 3))
-        kept.link_mbps.append(self._true_mbps(message.agent, event.at_s) if self._true_mbps else None)
+        kept.time_s.append(round(at_s, 3))
+        kept.link_mbps.append(self._true_mbps(message.agent, at_s) if self._true_mbps else None)
         kept.uplink_mbps.append(None if up_bps is None else round(up_bps / 1e6, 4))
         kept.pressure.append(round(message.memory.pressure, 4))
         coded = sum(rung not in {None, EXACT} for rung in known)

@@ -1,110 +1,189 @@
-"""What replays came to, as Markdown."""
+"""What replays came to, as tables: for the terminal and files as Markdown, for the page as it dresses them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
-from scripts.replay.findings import UNANSWERED_S, Agreement, Compared, Figures, Paired, by_name
+from scripts.replay.findings import (
+    UNANSWERED_S,
+    Agreement,
+    Compared,
+    Figures,
+    Paired,
+    agreement,
+    by_name,
+)
 from scripts.replay.results import Result
 
 MEGABYTE = 1e6
 OWN = "as the site has them"
-CAPTION = (
-    "Seconds from a question's acceptance to its first token, over the questions that any policy answered; one that "
-    f"another policy answered and this one didn't counts {UNANSWERED_S:g} s. Gain: the mean of {{ours}} below that of "
-    "the better fixed policy (token, kv).\n"
-)
 
 
-def result_lines(results: Sequence[Result], ours: str) -> list[str]:
-    """By trace, by device where there are several, all together; runs that failed."""
-    tables = [("trace", by_name(results, lambda result: result.trace or "own links", ours))]
-    for title, of in (("device", lambda result: result.device or OWN), ("site", lambda result: result.site)):
-        groups = by_name(results, of, ours)
-        if len(groups) > 1:
-            tables.append((title, groups))
-    everything = by_name(results, lambda _: "all", ours)
-    policies = list(dict.fromkeys(result.policy for result in results if not result.error))
-    lines = [CAPTION.format(ours=ours)]
-    for title, groups in tables:
-        lines += [*_table(title, [*groups, *(everything if title == "trace" else ())], policies), ""]
-    for title, groups in tables[:1]:
-        lines += [*_details(title, [*groups, *everything], policies), ""]
-    lines += [
-        f"- {result.trace or result.site}, {result.device or OWN}, {result.policy}, seed {result.seed}: {result.error}"
-        for result in results
-        if result.error
-    ]
-    return lines
+@dataclass(frozen=True)
+class Cell:
+    """Of a table. best: whether it is to be seen first."""
+
+    text: str
+    best: bool = False
 
 
-def _table(title: str, groups: Sequence[Compared], policies: Sequence[str]) -> Iterator[str]:
-    """Mean, p95, missed deadlines and megabytes of every policy; what is best stands bold."""
-    yield f"| {title} | " + " | ".join(f"{policy}: mean / p95, s" for policy in policies) + " | gain | misses | MB |"
-    yield "|---|" + "--:|" * (len(policies) + 3)
+@dataclass(frozen=True)
+class Row:
+    """Of a table. total: whether it sums the others up."""
+
+    cells: tuple[Cell, ...]
+    total: bool = False
+
+    @classmethod
+    def of(cls, *texts: str, total: bool = False) -> Row:
+        """Plain ones."""
+        return cls(tuple(map(Cell, texts)), total)
+
+
+@dataclass(frozen=True)
+class Table:
+    """text: what stands in it. The first column holds names, the others figures."""
+
+    title: str
+    text: str
+    heads: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+    def markdown(self) -> Iterator[str]:
+        """Line by line, an empty one behind it; what is best stands bold."""
+        yield f"**{self.title}** {self.text}\n"
+        yield f"| {' | '.join(self.heads)} |"
+        yield "|---|" + "--:|" * (len(self.heads) - 1)
+        for row in self.rows:
+            yield f"| {' | '.join(f'**{cell.text}**' if cell.best else cell.text for cell in row.cells)} |"
+        yield ""
+
+
+def tables_of(results: Sequence[Result], compared: Sequence[Paired] = ()) -> list[Table]:
+    """The first one is what a reader wants first. Results of runs that failed are left out."""
+    good = [result for result in results if not result.error]
+    if not any(result.questions for result in good):
+        return []
+    ours, policies = good[0].policy, list(dict.fromkeys(result.policy for result in good))
+    everything = by_name(good, lambda _: "all", ours)
+    names: tuple[tuple[str, Callable[[Result], str]], ...] = (
+        ("By trace", trace_name),
+        ("By device", lambda result: result.device or OWN),
+        ("By site", lambda result: result.site),
+        ("By mode", lambda result: result.mode),
+    )
+    found = [_paired(compared)] if compared else []
+    text = (
+        "Mean / 95th percentile of E2E in seconds, over the questions that any policy answered; one that another "
+        f"answered and this one didn't counts {UNANSWERED_S:g} s. Gain: {ours} below the better of token and kv, in "
+        "the mean. Deadlines missed and MB sent stand in the order of the policies."
+    )
+    for title, name in names:
+        groups = by_name(good, name, ours)
+        if title == "By trace" or len(groups) > 1:
+            found.append(_seconds(title, text, [*groups, *everything], policies))
+            text = ""
+    twins = agreement(good)
+    if twins:
+        found.append(_twins(twins))
+    return [*found, _details([*by_name(good, trace_name, ours), *everything], policies)]
+
+
+def trace_name(result: Result) -> str:
+    """What a run is on."""
+    return result.trace or result.site
+
+
+def errors_of(results: Sequence[Result]) -> list[str]:
+    """Of runs that failed, a line each."""
+    return [f"{run_name(result)}: {result.error}" for result in results if result.error]
+
+
+def run_name(result: Result) -> str:
+    """What tells it from others."""
+    parts = (trace_name(result), result.device, result.policy, f"seed {result.seed}", result.mode)
+    return ", ".join(part for part in parts if part)
+
+
+def _seconds(title: str, text: str, groups: Sequence[Compared], policies: Sequence[str]) -> Table:
+    """Mean, p95, missed deadlines and megabytes of every policy."""
+    heads = ("", *(f"{policy}: mean / p95" for policy in policies), "gain", "deadlines missed", "MB")
+    rows = []
     for group in groups:
-        known = [figures for policy in policies if (figures := group.of(policy)) is not None]
+        known = [group.of(policy) for policy in policies]
+        least = min((each.mean_s for each in known if each), default=0.0)
+        cells = [
+            Cell(f"{each.mean_s:.2f} / {each.p95_s:.2f}", best=f"{each.mean_s:.2f}" == f"{least:.2f}")
+            if each
+            else Cell("–")
+            for each in known
+        ]
         gain = "–" if group.gain is None else f"{100 * group.gain:.0f} %"
-        misses = " / ".join(str(figures.missed) for figures in known)
-        sent = " / ".join(f"{figures.sent_bytes / MEGABYTE:.0f}" for figures in known)
-        cells = " | ".join(_seconds(figures, known) for figures in known)
-        yield f"| {group.name} | {cells} | {gain} | {misses} | {sent} |"
+        missed = " / ".join(str(each.missed) if each else "–" for each in known)
+        sent = " / ".join(f"{each.sent_bytes / MEGABYTE:.0f}" if each else "–" for each in known)
+        rows.append(Row((Cell(group.name), *cells, Cell(gain), Cell(missed), Cell(sent)), total=group.name == "all"))
+    return Table(title, text, heads, tuple(rows))
 
 
-def _seconds(figures: Figures, known: Sequence[Figures]) -> str:
-    def shown(value: float, least: float) -> str:
-        text = f"{value:.2f}"
-        return f"**{text}**" if text == f"{least:.2f}" else text
-
-    mean = shown(figures.mean_s, min(each.mean_s for each in known))
-    p95 = shown(figures.p95_s, min(each.p95_s for each in known))
-    return f"{mean} / {p95}"
-
-
-def _details(title: str, groups: Sequence[Compared], policies: Sequence[str]) -> Iterator[str]:
-    """Of each policy: how many were answered, what travelled (tokens / cache / split), how far predictions were off."""
-    yield f"| {title} | policy | answered | deadlines missed | media | off by | fallbacks | loss, nats |"
-    yield "|---|---|--:|--:|--:|--:|--:|--:|"
-    for group in groups:
-        for policy in policies:
-            figures = group.of(policy)
-            if figures is None:
-                continue
-            off = "–" if figures.off is None else f"{100 * figures.off:.0f} %"
-            yield (
-                f"| {group.name} | {policy} | {figures.answered} of {figures.questions + group.lost} | "
-                f"{figures.missed} of {figures.timed} | {' / '.join(map(str, figures.media))} | {off} | "
-                f"{figures.fallbacks} | {figures.kl:.4f} |"
-            )
+def _details(groups: Sequence[Compared], policies: Sequence[str]) -> Table:
+    heads = ("", "answered", "median, s", "deadlines", "tokens / cache / split", "off by", "fallbacks", "loss, nats")
+    rows = [_detail(group, each) for group in groups for policy in policies if (each := group.of(policy)) is not None]
+    text = (
+        "Questions answered; deadlines missed; what links carried; how far predictions were off, in the median; mean "
+        "over questions of the largest loss that was planned."
+    )
+    return Table("Policies", text, heads, tuple(rows))
 
 
-def agreement_lines(rows: Sequence[Agreement]) -> list[str]:
-    """Live runs and their twins in virtual time."""
-    return [
-        "Live and virtual: median E2E over questions that both answered, in seconds\n",
-        "| trace, policy | questions | live | virtual | virtual ÷ live | the same, question by question |",
-        "|---|--:|--:|--:|--:|--:|",
-        *(
-            f"| {row.name} | {row.questions} | {row.live_s:.2f} | {row.virtual_s:.2f} | {row.ratio:.2f} | "
-            f"{row.paired:.2f} |"
-            for row in rows
-        ),
-        "",
-    ]
+def _detail(group: Compared, each: Figures) -> Row:
+    off = "–" if each.off is None else f"{100 * each.off:.0f} %"
+    return Row.of(
+        f"{group.name}, {each.policy}",
+        f"{each.answered} of {each.questions + group.lost}",
+        f"{each.median_s:.2f}",
+        f"{each.missed} of {each.timed}",
+        " / ".join(map(str, each.media)),
+        off,
+        str(each.fallbacks),
+        f"{each.kl:.4f}",
+        total=group.name == "all",
+    )
 
 
-def paired_lines(rows: Sequence[Paired], first: str, second: str) -> list[str]:
-    """Two replays, question by question."""
-    lines = [
-        f"Questions that both answered, {second} less {first}; 95 % intervals by bootstrap over questions\n",
-        f"| policy | questions | {first}, s | {second}, s | difference, s | ratio |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
+def _twins(rows: Sequence[Agreement]) -> Table:
+    heads = ("", "questions", "live, s", "virtual, s", "virtual ÷ live", "question by question")
+    found = tuple(
+        Row.of(
+            each.name,
+            str(each.questions),
+            f"{each.live_s:.2f}",
+            f"{each.virtual_s:.2f}",
+            f"{each.ratio:.2f}",
+            f"{each.paired:.2f}",
+            total=each.name == "all",
+        )
+        for each in rows
+    )
+    text = "Median E2E of live runs and of their twins in virtual time, over questions that both answered."
+    return Table("Live and virtual", text, heads, found)
+
+
+def _paired(rows: Sequence[Paired]) -> Table:
+    heads = ("", "questions", "first, s", "second, s", "difference, s", "second ÷ first")
+    found = []
     for row in rows:
         difference, ratio = row.difference_s, row.ratio
-        lines.append(
-            f"| {row.name} | {row.questions} | {row.first_s:.2f} | {row.second_s:.2f} | "
-            f"{difference[0]:+.2f} ({difference[1]:+.2f} to {difference[2]:+.2f}) | "
-            f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f}) |"
+        found.append(
+            Row.of(
+                row.name,
+                str(row.questions),
+                f"{row.first_s:.2f}",
+                f"{row.second_s:.2f}",
+                f"{difference[0]:+.2f} ({difference[1]:+.2f} to {difference[2]:+.2f})",
+                f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})",
+                total=row.name == "all",
+            )
         )
-    return [*lines, ""]
+    text = "Mean E2E of the same questions under both, where both answered; 95 % intervals by bootstrap over questions."
+    return Table("Two replays, paired", text, heads, tuple(found))

@@ -165,7 +165,7 @@ class ProbeBus:
             loop.call_later(up_s + down_s + 2 * access.delay_s(), self._came_back, message, parameters)
             back = False
         if back:
-            task = asyncio.create_task(self._return(bits, message, parameters), name="a probe on its way back")
+            task = asyncio.create_task(self._return(up_s or 0.0, bits, message, parameters), name="a probe coming back")
             self._returning.add(task)
             task.add_done_callback(self._returning.discard)
         await asyncio.sleep((up_s or 0.0) + 2 * access.delay_s())
@@ -175,8 +175,8 @@ class ProbeBus:
         self._handler = handler
         return _Deaf()
 
-    async def _return(self, bits: float, message: Any, parameters: Mapping[str, str]) -> None:
-        await asyncio.sleep(self._access.delay_s())
+    async def _return(self, after_s: float, bits: float, message: Any, parameters: Mapping[str, str]) -> None:
+        await asyncio.sleep(after_s + self._access.delay_s())
         await self._access.network.carry(self._access.down, bits)
         await asyncio.sleep(self._access.delay_s())
         self._came_back(message, parameters)
