@@ -34,8 +34,8 @@ from scripts.replay.setting import MBIT, SITE, AgentTerms, Place, SharedTerms, l
 from scripts.traces import Trace
 
 TEXTS = Path(__file__).parents[1] / "prepare_model" / "texts"
-FILLER = " so"
-"""Of one token: what a text is brought to its length with."""
+FILLERS = (" so", " and", "s", ".", "x")
+"""Of one token in most vocabularies: what a text is brought to its length with."""
 START_MBPS = 200.0
 """While agents start."""
 RUN_GRACE_S = 150.0
@@ -315,11 +315,10 @@ def text_of(tokens: int, agent: str, text: Text) -> str:
         middle = (few + many) // 2
         few, many = (middle, many) if len(text.context_ids(" ".join(words[:middle]))) <= tokens else (few, middle)
     made = " ".join(words[:few])
-    for _ in range(tokens):
-        if len(text.context_ids(made or FILLER)) >= tokens:
-            break
-        made += FILLER
-    if len(text.context_ids(made or FILLER)) != tokens:
+    while made and (count := len(text.context_ids(made))) < tokens:
+        longer = (made + filler for filler in FILLERS)
+        made = next((each for each in longer if count < len(text.context_ids(each)) <= tokens), "")
+    if not made:
         raise SettingInvalid(f"no text of {tokens} tokens can be made for {agent}; take a longer context")
     return made
 

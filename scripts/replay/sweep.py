@@ -15,7 +15,8 @@ import structlog
 from joblib import Parallel, delayed
 
 from coordinator.errors import CoordinatorError
-from scripts.replay.errors import ReplayError
+from scripts.policies.profiles import profiles
+from scripts.replay.errors import ReplayError, SettingInvalid
 from scripts.replay.policies import policy_named
 from scripts.replay.results import Result
 from scripts.replay.setting import Place
@@ -55,6 +56,9 @@ def sweep(terms: Sweep, jobs: int = -1) -> Iterator[Result]:
     """
     for name in terms.policies:
         policy_named(name)
+    for device in terms.devices:
+        if device not in {OWN_DEVICES, *profiles()}:
+            raise SettingInvalid(f"no device {device}; there are {', '.join(profiles())}")
     cells = product(terms.places, terms.traces, terms.devices, terms.seeds, terms.policies)
     if jobs == 1:
         for cell in cells:

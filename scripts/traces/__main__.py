@@ -17,6 +17,7 @@ from rich.text import Text
 from scripts.traces.errors import TraceError
 from scripts.traces.generate import KINDS, Made, made
 from scripts.traces.mahimahi import read_mahimahi
+from scripts.traces.memory import MEMORY_KINDS, MadeMemory, MemoryTrace, made_memory, write_memory
 from scripts.traces.session import read_session
 from scripts.traces.trace import Trace, read_trace, write_trace
 
@@ -29,6 +30,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=T
 console = Console(highlight=False, soft_wrap=True)
 
 Kind = StrEnum("Kind", {kind: kind for kind in KINDS})  # type: ignore[misc]
+MemoryKind = StrEnum("MemoryKind", {kind: kind for kind in MEMORY_KINDS})  # type: ignore[misc]
 Direction = StrEnum("Direction", {"uplink": "uplink", "downlink": "downlink"})
 Output = Annotated[Path, typer.Argument(help="The CSV file to write; it must not exist.")]
 Step = Annotated[float, typer.Option("--step", min=0.01, max=60, help="Seconds of a row.")]
@@ -59,6 +61,30 @@ def make(  # noqa: PLR0917  a command's options
         seed=seed,
     )
     _write(output, lambda: made(terms))
+
+
+@app.command("make-memory")
+def make_memory(  # noqa: PLR0917  a command's options
+    kind: Annotated[MemoryKind, typer.Argument(help="What other work does to the device's memory.")],
+    output: Output,
+    seconds: Annotated[float, typer.Option(help="How long.")] = 600.0,
+    step_s: Step = 1.0,
+    total_mb: Annotated[float, typer.Option(help="Memory of the device, MB (10^6 bytes).")] = 4_096.0,
+    least: Annotated[float, typer.Option(help="What is available at least, as a share of it.")] = 0.03,
+    most: Annotated[float, typer.Option(help="What is available at most.")] = 0.7,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed makes the same trace.")] = 0,
+) -> None:
+    """Make a trace of a device's memory: ramp (less and less), sawtooth (again and again), spikes."""
+    terms = MadeMemory(
+        kind=kind.value,
+        total_bytes=int(total_mb * MBIT),
+        duration_s=seconds,
+        step_s=step_s,
+        least=least,
+        most=most,
+        seed=seed,
+    )
+    _write(output, lambda: made_memory(terms))
 
 
 @app.command("from-mahimahi")
@@ -140,17 +166,21 @@ def _numbers(trace: Trace) -> tuple[str, ...]:
     )
 
 
-def _write(output: Path, read: Callable[[], Trace]) -> None:
+def _write(output: Path, read: Callable[[], Trace | MemoryTrace]) -> None:
     try:
         if output.exists():
             _fail(f"{output} exists already; name another file")
         trace = read()
-        write_trace(output, trace)
+        if isinstance(trace, Trace):
+            write_trace(output, trace)
+        else:
+            write_memory(output, trace)
     except (TraceError, ValueError) as error:
         _fail(str(error))
     except OSError as error:
         _fail(f"{output} can't be written: {error.strerror or error}")
-    console.print(f"{output}: {len(trace.samples)} rows, {trace.duration_s:g} s", markup=False)
+    seconds = len(trace.samples) * trace.step_s
+    console.print(f"{output}: {len(trace.samples)} rows, {seconds:g} s", markup=False)
 
 
 def _fail(why: str) -> NoReturn:
