@@ -56,7 +56,7 @@ def test_what_travels_weighs_what_its_rung_says() -> None:
 
 def test_a_link_that_gets_slower_makes_caches_later_and_tokens_not() -> None:
     slow = place(*(agent(f"agent-{number}", mbps=4.0) for number in (1, 2, 3)))
-    for policy, later in (("kv", 1.5), ("token", 0.0)):
+    for policy, later in (("kv", 0.8), ("token", 0.0)):
         fast, slowed = (_mean(replayed(each, policy)) for each in (place(), slow))
         assert slowed >= fast * (1 + later) * 0.98
         assert later or slowed == pytest.approx(fast, rel=0.05)
@@ -127,6 +127,7 @@ def test_caches_are_tightened_as_memory_fills_and_sent_so() -> None:
     result = replayed(place(*agents, requests=RequestTerms(count=8, first_s=15, sources=(1,))), "kv")
     (told,) = [each for each in result.agents if each.agent == "agent-1"]
     assert told.caches[0] == (2, 0, 0)
+    assert told.time_s[-1] > 88
     exact, coded, none = told.caches[-1]
     assert exact < 2
     assert coded + none > 0
@@ -145,9 +146,9 @@ def test_contexts_that_are_not_cached_are_read_first() -> None:
 def test_agents_of_one_cell_share_its_rate() -> None:
     """Every bit passes it twice."""
     names = [f"agent-{number}" for number in (1, 2, 3)]
-    cell = (SharedTerms(name="cell", members=tuple(names), mbps=20.0),)
+    cell = (SharedTerms(name="cell", members=tuple(names), mbps=3.0),)
     requests = RequestTerms(count=6, first_s=15, sources=(1,))
-    own = replayed(place(*(agent(name, mbps=20.0) for name in names), requests=requests), "kv")
+    own = replayed(place(*(agent(name, mbps=3.0) for name in names), requests=requests), "kv")
     shared = replayed(place(*(agent(name) for name in names), requests=requests, channels=cell), "kv")
     assert _mean(shared) > 1.4 * _mean(own)
     assert [question.state for question in shared.questions] == ["answered"] * 6

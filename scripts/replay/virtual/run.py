@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,9 +36,9 @@ from scripts.replay.results import (
     refused_result,
 )
 from scripts.replay.setting import (
+    SITE,
     AgentTerms,
     Place,
-    Setting,
     copied,
     digest,
     link_of,
@@ -59,8 +59,6 @@ LOOKS = 256
 """Turns of the loop between two looks at what is outside: only Ctrl-C may come from there."""
 BEGAN_S = 1.7e9
 """Of recordings: every run begins at the same moment, or no two of them were alike."""
-LAST_S = 130.0
-"""So long after its end the last question may still be under way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,49 +113,45 @@ class _Stage:
         self, terms: Terms, place: Place, asked: Sequence[Asked], folder: Path, hear: Callable[[float], None]
     ) -> None:
         self._terms, self._place, self._asked, self._folder, self._hear = terms, place, asked, folder, hear
-        self._failed = False
-        self.policy = Watched(terms.policy, self._policy_raised)
+        self._over = asyncio.Event()
+        self.policy = Watched(terms.policy, self._over.set)
         self.results: list[QuestionResult] = []
         self.seconds: Seconds | None = None
         self._rates: dict[str, Trace | float] = {}
 
     async def play(self) -> None:
-        """From the start to the last answer; to the policy's first error, if it raises."""
-        self._over = asyncio.Event()
+        """To the end, and to the last answer; to the policy's first error, if it raises."""
         setting, seed = self._place.setting, self._terms.seed
-        network, accesses = self._network()
-        broker = VirtualBroker(site=settings_of(setting, self.policy.name).site)
+        accesses = self._accesses()
+        broker = VirtualBroker(site=SITE)
         neighbours = Neighbours(model_of(setting), accesses, size_noise=setting.size_noise, seed=seed)
         async with AsyncExitStack() as stack:
-            await self._start_coordinator(broker, stack)
+            coordinator = await self._joined_coordinator(broker, stack)
             asker = VirtualAsker(broker)
             await asker.start()
-            works = [
-                asyncio.create_task(self._agent(broker, neighbours, terms, index).run(), name=terms.name)
-                for index, terms in enumerate(setting.agents)
+            work: list[Coroutine[Any, Any, object]] = [
+                coordinator.serve(),
+                self._ask_all(asker),
+                self._over.wait(),
+                self._tell(),
+                *(self._agent(broker, neighbours, *each).run() for each in enumerate(setting.agents)),
             ]
-            stack.push_async_callback(_cancel, works)
-            asking = [
-                asyncio.create_task(self._ask(asker, number, asked), name=f"question {number}")
-                for number, asked in enumerate(self._asked)
-            ]
-            stack.push_async_callback(_cancel, asking)
-            ended = asyncio.ensure_future(asyncio.wait(asking)) if asking else None
-            over = asyncio.create_task(self._over.wait())
-            tick = asyncio.create_task(self._tell())
-            stack.push_async_callback(_cancel, [over, tick, *([ended] if ended else [])])
-            waiting = {task for task in (ended, over, *works) if task is not None}
-            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            tasks = [asyncio.create_task(each) for each in work]
+            stack.push_async_callback(_cancel, tasks)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                task.result()
-            for task in asking:
-                if task.done() and not task.cancelled():
-                    task.result()
+                task.result()  # an agent's fault is the run's
         self.results.sort(key=lambda result: result.number)
-        del network
 
-    def _network(self) -> tuple[Network, dict[str, Access]]:
-        """The channels, and each agent's way."""
+    async def _ask_all(self, asker: VirtualAsker) -> None:
+        """Every question at its time, until all have ended and the time is over."""
+        async with asyncio.TaskGroup() as group:
+            for number, asked in enumerate(self._asked):
+                group.create_task(self._ask(asker, number, asked), name=f"question {number}")
+        await asyncio.sleep(self._place.setting.duration_s - asyncio.get_running_loop().time())
+
+    def _accesses(self) -> dict[str, Access]:
+        """Each agent's way, over channels of one network."""
         setting, seed = self._place.setting, self._terms.seed
         rates: dict[str, Trace | float] = {}
         ways: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
@@ -176,9 +170,10 @@ class _Stage:
             self._rates[agent.name] = rates[up_[0]]
             delay_s = _delay(rates[up_[0]], agent.delay_ms / 1000)
             accesses[agent.name] = Access(network=network, up=up_, down=down_, delay_s=delay_s)
-        return network, accesses
+        return accesses
 
-    async def _start_coordinator(self, broker: VirtualBroker, stack: AsyncExitStack) -> None:
+    async def _joined_coordinator(self, broker: VirtualBroker, stack: AsyncExitStack) -> Coordinator:
+        """It listens, and what it hears and tells is taken down."""
         settings = settings_of(self._place.setting, self.policy.name)
         bus: Bus = broker.bus()
         keepers: list[Keeps] = []
@@ -203,12 +198,11 @@ class _Stage:
         stack.callback(journal.close)
         coordinator = Coordinator(settings, policies=known(self.policy))
         await coordinator.join(bus, journal)
-        serving = asyncio.create_task(coordinator.serve(), name="coordinator")
-        stack.push_async_callback(_cancel, [serving])
+        return coordinator
 
-    def _agent(self, broker: VirtualBroker, neighbours: Neighbours, terms: AgentTerms, index: int) -> VirtualAgent:
+    def _agent(self, broker: VirtualBroker, neighbours: Neighbours, index: int, terms: AgentTerms) -> VirtualAgent:
         place, seed = self._place, self._terms.seed
-        setting: Setting = place.setting
+        setting = place.setting
         rate = self._rates[terms.name]
         return VirtualAgent(
             terms.name,
@@ -246,9 +240,6 @@ class _Stage:
         while True:
             self._hear(asyncio.get_running_loop().time())
             await asyncio.sleep(1)
-
-    def _policy_raised(self) -> None:
-        self._over.set()
 
     def _true_mbps(self, agent: str, at_s: float) -> float:
         rate = self._rates[agent]
