@@ -70,6 +70,8 @@ class MqttBus:
         self._routes = Routes()
         self._hooks: list[Callable[[], Awaitable[None]]] = []
         self._slots = asyncio.Semaphore(min(max_inflight, max_queued))
+        self._in_turn = asyncio.Lock()
+        """One is answered before the next is asked: a broker may take what is asked at once in any order."""
         self._state = BusState.STOPPED
         self._reason = "not started"
         self._connections = 0
@@ -147,26 +149,30 @@ class MqttBus:
         # Asked for even if the filter is there already: the broker then sends the retained messages to this handler.
         wanted = {route.filter: max(topic.qos, self._routes.filters().get(route.filter, 0))}
         self._routes.add(route)
-        if self._link is not None:
-            try:
-                refused = await self._subscribe(self._link, wanted)
-            except BaseException:
-                self._routes.remove(route)
-                raise
-            if refused:
-                self._routes.remove(route)
-                raise BrokerUnreachable(self._settings.address, f"it refused the subscription to {refused[0]}")
+        try:
+            async with self._in_turn:
+                link = self._link
+                refused = await self._subscribe(link, wanted) if link is not None else []
+        except BaseException:
+            self._routes.remove(route)
+            raise
+        if refused:
+            self._routes.remove(route)
+            raise BrokerUnreachable(self._settings.address, f"it refused the subscription to {refused[0]}")
         return _Subscription(self, route)
 
     async def unsubscribe(self, route: Route) -> None:
         """Used by Subscription.close."""
-        link = self._link
-        if not self._routes.remove(route) or link is None:
+        if not self._routes.remove(route):
             return
-        # If it fails, messages nobody listens to are dropped on arrival until the next connect.
-        with suppress(aiomqtt.MqttError, ConnectionLost):
-            leaving = link.client.unsubscribe(route.filter, timeout=self._settings.publish_timeout_s)
-            await link.unless_lost(leaving, f"kvbus unsubscribe from {route.filter}")
+        async with self._in_turn:
+            link = self._link
+            if link is None or route.filter in self._routes.filters():  # somebody listens again meanwhile
+                return
+            # If it fails, messages nobody listens to are dropped on arrival until the next connect.
+            with suppress(aiomqtt.MqttError, ConnectionLost):
+                leaving = link.client.unsubscribe(route.filter, timeout=self._settings.publish_timeout_s)
+                await link.unless_lost(leaving, f"kvbus unsubscribe from {route.filter}")
 
     async def _connection(self) -> Link:
         """The current connection, waited for. Raises BrokerUnreachable if the bus is closed."""

@@ -243,7 +243,7 @@ def live(  # noqa: PLR0917  a command's options
                 broker=broker,
                 seed=seed,
             )
-            results = asyncio.run(_lived(terms))
+            results = asyncio.run(_lived(terms, output / RESULTS))
         _write(results, output, json_file)
     except (ReplayError, CoordinatorError, TraceError, AgentError, BusError, LinkError, DemoFailed) as error:
         typer.echo(f"replay: {error}", err=True)
@@ -261,8 +261,8 @@ def _kept(record: Path) -> Path:
     return record.absolute()
 
 
-async def _lived(terms: LiveTerms) -> list[Result]:
-    """Each run's result, and that of its twin in virtual time."""
+async def _lived(terms: LiveTerms, file: Path) -> list[Result]:
+    """Each run's result, and that of its twin in virtual time; kept in the file as they come."""
     results = []
     traces = dict(terms.traces)
     async for played in lived(terms, lambda line: progress.print(line, markup=False)):
@@ -271,6 +271,7 @@ async def _lived(terms: LiveTerms) -> list[Result]:
         known, name = policy_named(played.result.policy), played.result.trace
         twin = Terms(place=place, policy=known, trace_name=name, trace=traces[name], seed=terms.seed)
         results.append(await asyncio.to_thread(run_virtually, twin))
+        await asyncio.to_thread(write_results, file, results)
     return results
 
 

@@ -8,24 +8,25 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
 import msgspec
 
+from broker_config.errors import BusError
 from broker_config.messages import RoundReport, Telemetry
 from broker_config.mosquitto import render
 from broker_config.settings import BrokerSettings
 from coordinator.client import Client
-from coordinator.errors import CoordinatorMissing, RequestImpossible, RequestRefused
+from coordinator.errors import CoordinatorError, CoordinatorMissing, RequestImpossible, RequestRefused
 from coordinator.fleet import Fleet
 from coordinator.policy import POLICIES
 from coordinator.recording import Recorded
 from edge_agent.model.manifest import read_manifest
 from edge_agent.model.text import Text
-from scripts.demo.processes import START_TIMEOUT_S, Processes, free_port, processes, until_listening
+from scripts.demo.processes import START_TIMEOUT_S, DemoFailed, Processes, free_port, processes, until_listening
 from scripts.link import Bucket, EmulatedLink, follow
 from scripts.replay.asks import Asked, Refusals, context_name, patiently, schedule
 from scripts.replay.errors import SettingInvalid
@@ -38,8 +39,8 @@ FILLERS = (" so", " and", "s", ".", "x")
 """Of one token in most vocabularies: what a text is brought to its length with."""
 START_MBPS = 200.0
 """While agents start."""
-RUN_GRACE_S = 150.0
-"""The last questions may be under way so long."""
+RUN_GRACE_S = 30.0
+"""What comes to the time after which the last question must have ended."""
 
 Say = Callable[[str], None]
 
@@ -125,10 +126,15 @@ class _Stage:
         start_s = time.monotonic()
         following = self._follow(trace)
         results: list[QuestionResult] = []
+        longest_s = setting.duration_s + setting.requests.patience_s + setting.planning.round_timeout_s + RUN_GRACE_S
+        error = ""
         try:
-            async with asyncio.timeout(setting.duration_s + RUN_GRACE_S), asyncio.TaskGroup() as group:
+            async with asyncio.timeout(longest_s), asyncio.TaskGroup() as group:
                 for number, each in enumerate(asked):
                     group.create_task(self._ask(number, each, start_s, results))
+        except* (TimeoutError, BusError, CoordinatorError) as errors:
+            first = errors.exceptions[0]
+            error = str(first) or f"a question had no end after {longest_s:g} s"
         finally:
             for task in following:
                 task.cancel()
@@ -148,6 +154,7 @@ class _Stage:
             duration_s=setting.duration_s,
             questions=tuple(sorted(results, key=lambda result: result.number)),
             agents=seconds.agents,
+            error=error,
             seconds=time.perf_counter() - began_s,
         )
         return Played(result, recording)
@@ -159,12 +166,16 @@ class _Stage:
         path.write_text(_coordinator_toml(self._terms.place, policy, folder, self._port), encoding="utf-8")
         command = ["coordinator.cli", "run", "--config", str(path), "--record", str(recording)]
         await self._programs.start("coordinator", command)
-        async with asyncio.timeout(START_TIMEOUT_S):
-            while True:
-                self._programs.check()
-                with suppress(CoordinatorMissing):
-                    await self._client.coordinator()
-                    return
+        until_s = time.monotonic() + START_TIMEOUT_S
+        while True:
+            self._programs.check()
+            try:
+                await self._client.coordinator()
+            except CoordinatorMissing:
+                if time.monotonic() > until_s:
+                    raise
+            else:
+                return
 
     def _follow(self, trace: Trace | None) -> list[asyncio.Task[None]]:
         """Links at the start of their traces, from now on."""
@@ -252,10 +263,12 @@ async def _stage(terms: LiveTerms, say: Say) -> AsyncIterator[_Stage]:
             say(f"starting {agent.name} …")
             path = _configured(terms, agent, text, links[agent.name].port)
             await programs.start(agent.name, ["edge_agent.cli", "run", str(path), "--plain"])
-            async with asyncio.timeout(START_TIMEOUT_S):
-                while not _ready(watch.fleet, agent):
-                    programs.check()
-                    await asyncio.sleep(0.2)
+            until_s = time.monotonic() + START_TIMEOUT_S
+            while not _ready(watch.fleet, agent):
+                programs.check()
+                if time.monotonic() > until_s:
+                    raise DemoFailed(f"{agent.name} was not ready after {START_TIMEOUT_S:g} s")
+                await asyncio.sleep(0.2)
         yield _Stage(terms, port=port, client=client, links=links, programs=programs)
 
 

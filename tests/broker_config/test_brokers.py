@@ -111,6 +111,19 @@ async def test_messages_arrive_with_their_parameters(broker: RealBroker, stack: 
     assert len(got) == 1
 
 
+async def test_who_listens_while_another_stops_listening_hears(broker: RealBroker, stack: AsyncExitStack) -> None:
+    """To the same topic, at the same moment, in either order: a question is asked while another one ends."""
+    one, other = [await _connected(stack, broker.port, name) for name in ("one", "other")]
+    before = await other.subscribe(ORDERS, Recorder(), agent="pi-7")
+    for number in range(60):
+        recorder = Recorder()
+        both: list[Any] = [before.close(), other.subscribe(ORDERS, recorder, agent="pi-7")]
+        done = await asyncio.gather(*(both if number % 2 else both[::-1]))
+        before = next(each for each in done if each is not None)
+        await one.publish(ORDERS, _cancel(str(number)), agent="pi-7")
+        await recorder.until(_cancel(str(number)))
+
+
 async def test_large_messages_at_once_all_arrive(broker: RealBroker, stack: AsyncExitStack) -> None:
     one, other = [await _connected(stack, broker.port, name) for name in ("one", "other")]
     recorder = Recorder()

@@ -2,11 +2,9 @@
 
 Rate: a source that always has more fills both directions at once, and what the far end has received is counted in
 windows of 1 s, one every 50 ms, whatever steps they lie across. A window must hold what the trace passes in it, to
-within the greatest of
-    5 %;
-    one turn of the slowest link, 1,500 bytes: bytes come in turns, and on a slow link one is much of a window;
-    what the link passes in 5 ms at an edge of the window: that is how late bytes may be, and just after a step down
-    it is more than 5 % of what comes behind it.
+within 5 %, or one turn and the lateness of a delay if that is more: bytes pass in turns of 4 ms but at least
+1,500 bytes, and may arrive 5 ms late, so at either edge a window may lack or have 1,500 bytes and what passes in 9 ms.
+Within a step of 0.3 Mbit/s or more that is less than 5 %; just behind a steep step down, it is not.
 Delay: stamped messages of 64 bytes, one about every 25 ms each way on a link that carries nothing else, must arrive
 within 5 ms of half the trace's round trip, and may take the time that their bits take at the trace's rate besides.
 
@@ -32,7 +30,7 @@ from typing import Literal, TypeVar
 import pytest
 
 from scripts.link import Bucket, EmulatedLink, follow
-from scripts.link.bucket import BURST_S, SMALLEST_QUANTUM_BYTES
+from scripts.link.bucket import BURST_S, QUANTUM_S, SMALLEST_QUANTUM_BYTES
 from scripts.traces import Sample, Trace, read_trace
 from scripts.traces.generate import KINDS, Made, made
 from tests.shared_data import shared_data
@@ -47,14 +45,15 @@ TOP_BPS = 50 * MBIT
 WINDOW_S, EVERY_S = 1.0, 0.05
 FILLING_S = 0.3
 """The source has filled the link's buffers long before."""
-TURN_BITS = SMALLEST_QUANTUM_BYTES * 8
+LEAST_TURN_BITS = SMALLEST_QUANTUM_BYTES * 8
+LATE_S = DELAY_TOLERANCE_S + QUANTUM_S
 
 MESSAGE = struct.Struct("d56x")
 LEAST_BPS = 0.1 * MBIT
 """Five times the messages' own rate: a slower link is not idle with them, and they are not sent."""
 
 WATCH_S = 0.002
-HELD_S = 0.003
+HELD_S = 0.0015
 """A timer comes up to 1 ms late by itself, and a message needs three turns of the loop in its 5 ms."""
 CATCHING_UP_S = 0.01
 LEAST_SHARE = 0.25
@@ -296,15 +295,14 @@ async def windows(ideal: Ideal, watch: Watch) -> dict[Way, list[Window]]:
 
 def window(ideal: Ideal, arrivals: Arrivals, watch: Watch, start_s: float, begin_s: float) -> Window:
     end_s = begin_s + WINDOW_S
-    before, begun = ideal.arrived_bits(begin_s - DELAY_TOLERANCE_S), ideal.arrived_bits(begin_s)
-    after, ended = ideal.arrived_bits(end_s - DELAY_TOLERANCE_S), ideal.arrived_bits(end_s)
-    room = max(RATE_TOLERANCE * (ended - begun), TURN_BITS)
+    earlier, begun, nearly, ended = map(ideal.arrived_bits, (begin_s - LATE_S, begin_s, end_s - LATE_S, end_s))
+    share = RATE_TOLERANCE * (ended - begun)
     return Window(
         begin_s=begin_s,
         passed=arrivals.bits(start_s + end_s) - arrivals.bits(start_s + begin_s),
         ideal=ended - begun,
-        least=ended - begun - max(room, ended - after),
-        most=ended - begun + max(room, begun - before),
+        least=ended - begun - max(share, LEAST_TURN_BITS + ended - nearly),
+        most=ended - begun + max(share, LEAST_TURN_BITS + begun - earlier),
         clear=was_clear(watch, start_s + begin_s, start_s + end_s),
     )
 

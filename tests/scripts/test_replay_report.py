@@ -127,5 +127,6 @@ def test_a_browser_draws_every_figure(report: Path, theme: str) -> None:
         check=True,
     )
     assert f'data-theme="{theme}" data-drawn="{theme}"' in done.stdout
-    assert done.stdout.count("<canvas") == 7
+    assert done.stdout.count('class="chart vega-embed"') == 7
+    assert done.stdout.count('class="marks"') == 7
     assert "CONSOLE" not in done.stderr

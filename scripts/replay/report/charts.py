@@ -14,7 +14,7 @@ from scripts.replay.tables import trace_name
 Spec = dict[str, Any]
 Rows = list[dict[str, Any]]
 
-SCHEMA = "https://vega.github.io/schema/vega-lite/v5.20.1.json"
+SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 POLICIES = {"optimum": "#3b82d6", "jmsra": "#e4572e", "token": "#d99a00", "kv": "#2aa198"}
 OTHERS = ("#b15fd0", "#8a8a8a", "#c2607a", "#6b8e23")
 MEDIA = {"tokens": "#d99a00", "split": "#3b82d6", "cache": "#2aa198"}
