@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +69,17 @@ class Coordinator:
     """One site's coordinator. `run` returns only when cancelled."""
 
     def __init__(
-        self, settings: CoordinatorSettings, record: Path | None = None, policies: Mapping[str, Policy] = POLICIES
+        self,
+        settings: CoordinatorSettings,
+        record: Path | None = None,
+        policies: Mapping[str, Policy] = POLICIES,
+        on_fault: Callable[[BaseException], None] | None = None,
     ) -> None:
         """record: the file that the session is recorded to, or the folder of a file named by site and time.
 
-        Raises PolicyUnknown.
+        on_fault: told of work that ends by a fault. Raises PolicyUnknown.
         """
-        self._settings, self._record, self._policies = settings, record, policies
+        self._settings, self._record, self._policies, self._on_fault = settings, record, policies, on_fault
         self._instance = new_id()
         self._fleet = Fleet()
         self._rounds: dict[str, Round] = {}
@@ -388,6 +392,8 @@ class Coordinator:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a fault of ours", task=task.get_name(), error=repr(error))
+            if self._on_fault is not None:
+                self._on_fault(error)
 
     async def _stop(self) -> None:
         """End every question honestly, say goodbye; without a broker, leave both to the journal and to the will."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 log = logging.getLogger(__name__)
@@ -21,9 +21,13 @@ LAST_WORDS_S = 2.0
 
 
 class Tasks:
-    """Running tasks, each under a request and a key that is used only once."""
+    """Running tasks, each under a request and a key that is used only once.
 
-    def __init__(self) -> None:
+    on_fault: told of one that ends by a fault.
+    """
+
+    def __init__(self, on_fault: Callable[[BaseException], None] | None = None) -> None:
+        self._on_fault = on_fault
         self._running: dict[asyncio.Task[None], str] = {}
         self._seen: OrderedDict[str, None] = OrderedDict()
 
@@ -62,6 +66,8 @@ class Tasks:
         del self._running[task]
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("%s ended by a fault of ours: %r", task.get_name(), error)
+            if self._on_fault is not None:
+                self._on_fault(error)
 
 
 async def last_words(work: Coroutine[Any, Any, None]) -> None:

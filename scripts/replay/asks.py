@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 from msgspec import Meta, Struct
@@ -37,6 +37,14 @@ class Asked(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     deadline_s: Annotated[float, Meta(gt=0, le=86_400)] | None = None
     quality_floor: Annotated[float, Meta(ge=0, le=1e6)] = DEFAULT_QUALITY_FLOOR
     max_new_tokens: Annotated[int, Meta(ge=1, le=4_096)] = 8
+
+
+class Taken(NamedTuple):
+    """The report of a question's end; how often it was refused before it was taken, and for how long."""
+
+    report: RoundReport
+    refused: int = 0
+    waited_s: float = 0.0
 
 
 class Refusals(Exception):
@@ -112,7 +120,7 @@ def read_schedule(path: Path, setting: Setting) -> tuple[Asked, ...]:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise ScheduleInvalid(path, 0, f"can't be read: {error.strerror}") from None
-    names = {agent.name for agent in setting.agents}
+    held = {agent.name: {context_name(tokens) for tokens in agent.contexts} for agent in setting.agents}
     found = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -121,9 +129,8 @@ def read_schedule(path: Path, setting: Setting) -> tuple[Asked, ...]:
             asked = msgspec.json.decode(line, type=Asked)
         except (ValueError, RecursionError) as error:
             raise ScheduleInvalid(path, number, str(error)) from None
-        for name in (asked.receiver, *(source.partition(":")[0] for source in asked.sources)):
-            if name not in names:
-                raise ScheduleInvalid(path, number, f"there is no agent {name}; there are {', '.join(sorted(names))}")
+        if wrong := _wrong(asked, held):
+            raise ScheduleInvalid(path, number, wrong)
         if asked.at_s >= setting.duration_s:
             raise ScheduleInvalid(path, number, f"at_s {asked.at_s:g} is not before the end at {setting.duration_s:g}")
         found.append(asked)
@@ -132,13 +139,27 @@ def read_schedule(path: Path, setting: Setting) -> tuple[Asked, ...]:
     return tuple(sorted(found, key=lambda asked: asked.at_s))
 
 
-async def patiently(ask: Callable[[], Awaitable[RoundReport]], patience_s: float) -> tuple[RoundReport, int]:
-    """Ask until it is taken: the end's report, and how often it was refused before. Raises Refusals."""
+def _wrong(asked: Asked, held: Mapping[str, set[str]]) -> str:
+    """Why it can't be asked of agents that hold these contexts, or ""."""
+    for name in (asked.receiver, *(source.partition(":")[0] for source in asked.sources)):
+        if name not in held:
+            return f"there is no agent {name}; there are {', '.join(sorted(held))}"
+    for source in asked.sources:
+        name, _, context = source.partition(":")
+        if context and context not in held[name]:
+            return f"{name} holds no {context}; it holds {', '.join(sorted(held[name])) or 'nothing'}"
+    return "it names a source twice" if len(set(asked.sources)) < len(asked.sources) else ""
+
+
+async def patiently(ask: Callable[[], Awaitable[RoundReport]], patience_s: float) -> Taken:
+    """Ask until it is taken. Raises Refusals."""
     clock, refused = asyncio.get_running_loop().time, 0
-    until_s = clock() + patience_s
+    began_s = clock()
+    until_s = began_s + patience_s
     while True:
         try:
-            return await ask(), refused
+            asked_s = clock()
+            return Taken(await ask(), refused, asked_s - began_s)
         except RequestRefused as error:
             refused += 1
             if clock() + AGAIN_S > until_s:

@@ -15,7 +15,8 @@ Floats = NDArray[np.float64]
 
 FIXED = ("token", "kv")
 UNANSWERED_S = 120.0
-"""What a question counts that was answered under another policy only: so long a coordinator waits for an answer."""
+"""What a question counts at least that was answered under another policy only: so long a coordinator waits for an
+answer. If one took longer, as long as that."""
 RESAMPLES, CONFIDENCE, SEED = 2_000, 0.95, 0
 TIED = 0.02
 """E2E this close is one."""
@@ -48,11 +49,13 @@ class Compared(Struct, frozen=True, kw_only=True):
     """All policies over the same questions.
 
     fixed: the fixed policy of the least mean; gain: how far `ours` is below it, as a share; best, best_p95: whether no
-    policy is clearly below `ours`. lost: questions that nobody answered.
+    policy is clearly below `ours`. lost: questions that nobody answered; missing: that were not asked under all, since
+    a run failed.
     """
 
     name: str
     lost: int
+    missing: int
     figures: tuple[Figures, ...]
     ours: str
     fixed: str | None
@@ -95,7 +98,9 @@ def compared(name: str, results: Sequence[Result], ours: str = "optimum") -> Com
     table = {policy: dict(_questions(results, policy)) for policy in policies}
     common = [key for key in table[policies[0]] if all(key in rows for rows in table.values())]
     known = [key for key in common if any(rows[key].e2e_s is not None for rows in table.values())]
-    figures = tuple(_figures(policy, [table[policy][key] for key in known]) for policy in policies)
+    answered_s = [seconds for rows in table.values() for key in known if (seconds := rows[key].e2e_s) is not None]
+    lost_s = max([UNANSWERED_S, *answered_s])
+    figures = tuple(_figures(policy, [table[policy][key] for key in known], lost_s) for policy in policies)
     means = {each.policy: each.mean_s for each in figures}
     p95s = {each.policy: each.p95_s for each in figures}
     fixed = min((policy for policy in FIXED if policy in means), key=means.__getitem__, default=None)
@@ -103,6 +108,7 @@ def compared(name: str, results: Sequence[Result], ours: str = "optimum") -> Com
     return Compared(
         name=name,
         lost=len(common) - len(known),
+        missing=len({key for rows in table.values() for key in rows}) - len(common),
         figures=figures,
         ours=ours,
         fixed=fixed,
@@ -122,8 +128,8 @@ def paired(name: str, first: Sequence[QuestionResult], second: Sequence[Question
     if not pairs:
         return None
     values = np.array(pairs, dtype=np.float64)
-    draws = np.random.default_rng(SEED).integers(len(values), size=(RESAMPLES, len(values)))
-    means = values[draws].mean(axis=1)
+    dice = np.random.default_rng(SEED)
+    means = np.array([values[dice.integers(len(values), size=len(values))].mean(axis=0) for _ in range(RESAMPLES)])
     differences, ratios = means[:, 1] - means[:, 0], means[:, 1] / np.maximum(means[:, 0], 1e-9)
     one_s, other_s = values.mean(axis=0).tolist()
     return Paired(
@@ -177,9 +183,9 @@ def agreement(results: Sequence[Result]) -> tuple[Agreement, ...]:
         if result.mode != "live" or twin is None:
             continue
         known = [
-            (one.e2e_s, other.e2e_s)
+            (one.taken_e2e_s, other.taken_e2e_s)
             for one, other in _same(result, twin)
-            if one.e2e_s is not None and other.e2e_s is not None
+            if one.taken_e2e_s is not None and other.taken_e2e_s is not None
         ]
         pairs.setdefault(f"{result.trace or result.site}, {result.policy}", []).extend(known)
     rows = [*pairs.items(), ("all", [pair for each in pairs.values() for pair in each])]
@@ -219,14 +225,11 @@ def _questions(results: Sequence[Result], policy: str) -> Iterator[tuple[tuple[o
             yield from (((*result.key, question.number), question) for question in result.questions)
 
 
-def _figures(policy: str, questions: Sequence[QuestionResult]) -> Figures:
-    seconds: Floats = np.array([UNANSWERED_S if each.e2e_s is None else each.e2e_s for each in questions])
-    off = [
-        abs(each.predicted_s / each.e2e_s - 1)
-        for each in questions
-        if each.e2e_s is not None and each.e2e_s > 0 and each.predicted_s is not None
-    ]
+def _figures(policy: str, questions: Sequence[QuestionResult], lost_s: float) -> Figures:
+    seconds: Floats = np.array([lost_s if each.e2e_s is None else each.e2e_s for each in questions])
+    off = [abs(each.predicted_s / each.taken_e2e_s - 1) for each in questions if each.taken_e2e_s and each.predicted_s]
     media = [link.medium for each in questions for link in each.links]
+    losses = [each.kl for each in questions if each.links]
     return Figures(
         policy=policy,
         questions=len(questions),
@@ -239,7 +242,7 @@ def _figures(policy: str, questions: Sequence[QuestionResult]) -> Figures:
         sent_bytes=sum(each.sent_bytes for each in questions),
         fallbacks=sum(each.fallbacks for each in questions),
         off=float(np.median(off)) if off else None,
-        kl=float(np.mean([each.kl for each in questions])) if questions else 0.0,
+        kl=float(np.mean(losses)) if losses else 0.0,
         media=(media.count("tokens"), media.count("cache"), media.count("split")),
     )
 

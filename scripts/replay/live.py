@@ -206,12 +206,12 @@ class _Stage:
                 raise RequestRefused(str(error)) from None
 
         try:
-            report, refused = await patiently(ask, self._terms.place.setting.requests.patience_s)
+            taken = await patiently(ask, self._terms.place.setting.requests.patience_s)
         except Refusals as error:
             results.append(refused_result(number, asked, error.count, str(error)))
         else:
             kls = {rung.name: rung.kl for rung in read_manifest(self._terms.bundle).info().ladder}
-            results.append(question_result(number, asked, report, refused, kls))
+            results.append(question_result(number, asked, taken, kls))
 
     def _rate(self, agent: str, trace: Trace | None) -> Trace | float:
         place = self._terms.place

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
-from broker_config.messages import RoundReport, Telemetry
+from broker_config.messages import Telemetry
 from coordinator.recording import Event
-from scripts.replay.asks import Asked
+from scripts.replay.asks import Asked, Taken
 from scripts.replay.errors import ResultInvalid
 
 VERSION = 1
@@ -35,10 +35,10 @@ class LinkResult(Struct, frozen=True, kw_only=True):
 
 
 class QuestionResult(Struct, frozen=True, kw_only=True):
-    """One question. number: of the schedule; at_s: when it was asked first, e2e_s: from when it was taken on.
+    """One question. number: of the schedule; at_s: when it was asked first.
 
-    refused: how often it was, before it was taken; state "refused": it never was. kl: the largest loss of its links'
-    rungs, in nats.
+    refused, waited_s: how often it was refused before it was taken, and for how long; state "refused": it never was
+    taken. taken_e2e_s: E2E from when it was taken on. kl: the largest loss of its links' rungs, in nats.
     """
 
     number: int
@@ -48,7 +48,8 @@ class QuestionResult(Struct, frozen=True, kw_only=True):
     sources: int
     state: str
     deadline_s: float | None
-    e2e_s: float | None = None
+    waited_s: float = 0.0
+    taken_e2e_s: float | None = None
     predicted_s: float | None = None
     total_s: float | None = None
     links: tuple[LinkResult, ...] = ()
@@ -57,6 +58,11 @@ class QuestionResult(Struct, frozen=True, kw_only=True):
     revisions: int = 0
     refused: int = 0
     reason: str = ""
+
+    @property
+    def e2e_s(self) -> float | None:
+        """E2E from when it was asked first."""
+        return None if self.taken_e2e_s is None else self.waited_s + self.taken_e2e_s
 
     @property
     def sent_bytes(self) -> int:
@@ -104,10 +110,9 @@ class Result(Struct, frozen=True, kw_only=True):
         return self.site, self.trace, self.device, self.seed, self.mode
 
 
-def question_result(
-    number: int, asked: Asked, report: RoundReport, refused: int, kls: dict[str, float]
-) -> QuestionResult:
+def question_result(number: int, asked: Asked, taken: Taken, kls: dict[str, float]) -> QuestionResult:
     """kls: of the rungs."""
+    report = taken.report
     links = tuple(
         LinkResult(
             sender=link.sender,
@@ -116,7 +121,7 @@ def question_result(
             medium=link.medium,
             rung=link.rung,
             kl=0.0 if link.medium == "tokens" else kls.get(link.rung, 0.0),
-            sent_bytes=link.wire_bytes or 0,
+            sent_bytes=link.wire_bytes or link.payload_bytes or 0,
         )
         for link in report.links
     )
@@ -128,14 +133,15 @@ def question_result(
         sources=len(asked.sources),
         state=report.state,
         deadline_s=asked.deadline_s,
-        e2e_s=report.e2e_s if report.state == "answered" else None,
+        waited_s=taken.waited_s,
+        taken_e2e_s=report.e2e_s if report.state == "answered" else None,
         predicted_s=report.predicted_e2e_s,
         total_s=report.total_s,
         links=links,
         kl=max((link.kl for link in links), default=0.0),
         fallbacks=report.fallbacks,
         revisions=report.revisions,
-        refused=refused,
+        refused=taken.refused,
         reason=report.reason,
     )
 

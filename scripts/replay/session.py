@@ -6,7 +6,7 @@ from pathlib import Path
 
 from broker_config.messages import Ended, Presence, RoundReport
 from coordinator.recording import Recorded
-from scripts.replay.asks import Asked
+from scripts.replay.asks import Asked, Taken
 from scripts.replay.results import QuestionResult, Result, Seconds, question_result
 
 
@@ -58,4 +58,4 @@ def _question(number: int, ended_s: float, report: RoundReport, kls: dict[str, f
         sources=tuple(f"{link.sender}:{link.context}" for link in report.links) or (report.receiver,),
         deadline_s=report.deadline_s or None,
     )
-    return question_result(number, asked, report, 0, kls)
+    return question_result(number, asked, Taken(report), kls)

@@ -14,7 +14,10 @@ from msgspec import Meta, Struct
 
 from broker_config.messages import DEFAULT_QUALITY_FLOOR, ModelInfo, Speed
 from broker_config.messages.base import AgentId
+from coordinator.latency import EXACT_RUNG, usable
 from coordinator.settings import ChannelSettings, CoordinatorSettings, PlanningSettings
+from edge_agent.errors import RecipeInvalid
+from edge_agent.kv.recipe import recipe
 from edge_agent.settings import MemorySettings, TelemetrySettings
 from scripts.policies.profiles import profiles
 from scripts.policies.scenarios import ELEMENTS_PER_TOKEN, LADDER
@@ -25,6 +28,7 @@ from scripts.traces.trace import LARGEST_BPS, shifted
 
 SITES = Path(__file__).parent / "sites"
 SITE = "replay"
+MOST_AGENTS = 20_000
 MBIT, MEGA = 1e6, 1_000_000
 WINDOW_TOKENS = 8_192
 BYTES_PER_TOKEN_ID = 2
@@ -40,7 +44,7 @@ class MemoryTerms(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     `available` stays. cache_budget_mb and the marks: as an agent's settings have them.
     """
 
-    total_mb: Annotated[float, Meta(gt=0, le=1e7)] = 4_096.0
+    total_mb: Annotated[float, Meta(ge=1, le=1e7)] = 4_096.0
     available: Share = 0.7
     least: Share = 0.03
     trace: str | None = None
@@ -152,19 +156,61 @@ def check(setting: Setting) -> None:
     if twice := [name for name in names if names.count(name) > 1]:
         raise SettingInvalid(f"two agents are named {twice[0]}")
     for agent in setting.agents:
-        if agent.speed is None and agent.device not in profiles():
-            raise SettingInvalid(f"{agent.name}: no device {agent.device}; there are {', '.join(profiles())}")
-        if len(set(agent.contexts)) < len(agent.contexts):
-            raise SettingInvalid(f"{agent.name} holds two contexts of one length; their names would be the same")
+        _check_agent(agent)
+    _check_channels(setting)
+    _check_model(setting.model)
+    if len(setting.agents) * setting.copies > MOST_AGENTS:
+        raise SettingInvalid(f"{len(setting.agents)} agents, {setting.copies} times, are more than {MOST_AGENTS:,}")
+    if setting.telemetry.interval_s >= setting.planning.expiry_s:
+        raise SettingInvalid("agents that report less often than expiry_s are never online")
+    if not setting.requests.file and not any(agent.contexts for agent in setting.agents):
+        raise SettingInvalid("no agent holds a context: nothing can be asked")
+    if setting.requests.first_s >= setting.duration_s:
+        raise SettingInvalid("the first question comes after the end")
+
+
+def _check_agent(agent: AgentTerms) -> None:
+    if agent.speed is None and agent.device not in profiles():
+        raise SettingInvalid(f"{agent.name}: no device {agent.device}; there are {', '.join(profiles())}")
+    if agent.speed is not None and not (usable(agent.speed) and agent.speed.decode_tps > 0):
+        raise SettingInvalid(f"{agent.name}: each of the rates of its speed must be above 0")
+    try:
+        memory_settings(agent.memory)
+    except ValueError as error:
+        raise SettingInvalid(f"{agent.name}: {error}") from None
+    if len(set(agent.contexts)) < len(agent.contexts):
+        raise SettingInvalid(f"{agent.name} holds two contexts of one length; their names would be the same")
+
+
+def _check_channels(setting: Setting) -> None:
+    channels = [channel.name for channel in setting.channels]
+    if twice := [name for name in channels if channels.count(name) > 1]:
+        raise SettingInvalid(f"two channels are named {twice[0]}")
+    names = {agent.name for agent in setting.agents}
     members = [member for channel in setting.channels for member in channel.members]
     if unknown := [member for member in members if member not in names]:
         raise SettingInvalid(f"a channel has the member {unknown[0]}, which is no agent")
     if twice := [member for member in members if members.count(member) > 1]:
         raise SettingInvalid(f"{twice[0]} is in two channels")
-    if not setting.requests.file and not any(agent.contexts for agent in setting.agents):
-        raise SettingInvalid("no agent holds a context: nothing can be asked")
-    if setting.requests.first_s >= setting.duration_s:
-        raise SettingInvalid("the first question comes after the end")
+    for agent in setting.agents:
+        if agent.name in members and (agent.trace is not None or agent.mbps is not None):
+            raise SettingInvalid(
+                f"{agent.name} is in a channel, whose rate is its link's; it can't have one of its own"
+            )
+
+
+def _check_model(model: ModelInfo | None) -> None:
+    """Raises SettingInvalid for rungs that can't be replayed."""
+    rungs = [rung.name for rung in model.ladder] if model is not None else [EXACT_RUNG]
+    for name in rungs:
+        try:
+            made = recipe(name)
+        except RecipeInvalid as error:
+            raise SettingInvalid(f"rung {name} of the model: {error}") from None
+        if made.needs_mass or made.eviction is not None:
+            raise SettingInvalid(f"rung {name} of the model chooses by a cache's attention: not in virtual time")
+    if EXACT_RUNG not in rungs:
+        raise SettingInvalid(f"the model's ladder lacks {EXACT_RUNG}, as which caches are computed")
 
 
 def copied(setting: Setting) -> tuple[Setting, tuple[tuple[str, ...], ...]]:

@@ -54,6 +54,8 @@ def sweep(terms: Sweep, jobs: int = -1) -> Iterator[Result]:
     A policy that raises, or a fault in a run, ends that run only, and is told in its result. Raises SettingInvalid and
     ScheduleInvalid before anything is run.
     """
+    if not jobs:
+        raise SettingInvalid("--jobs 0: some process must do it; -1 takes one a core")
     for name in terms.policies:
         policy_named(name)
     for device in terms.devices:

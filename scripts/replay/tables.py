@@ -76,7 +76,8 @@ def tables_of(results: Sequence[Result], compared: Sequence[Paired] = ()) -> lis
     found = [_paired(compared)] if compared else []
     text = (
         "Mean / 95th percentile of E2E in seconds, over the questions that any policy answered; one that another "
-        f"answered and this one didn't counts {UNANSWERED_S:g} s. Gain: {ours} below the better of token and kv, in "
+        f"answered and this one didn't counts {UNANSWERED_S:g} s. While a question is refused, since an agent is "
+        f"offline, its time runs. Gain: {ours} below the better of token and kv, in "
         "the mean. Deadlines missed and MB sent stand in the order of the policies."
     )
     for title, name in names:
@@ -122,7 +123,8 @@ def _seconds(title: str, text: str, groups: Sequence[Compared], policies: Sequen
         gain = "–" if group.gain is None else f"{100 * group.gain:.0f} %"
         missed = " / ".join(str(each.missed) if each else "–" for each in known)
         sent = " / ".join(f"{each.sent_bytes / MEGABYTE:.0f}" if each else "–" for each in known)
-        rows.append(Row((Cell(group.name), *cells, Cell(gain), Cell(missed), Cell(sent)), total=group.name == "all"))
+        name = f"{group.name} ({group.missing} questions left out)" if group.missing else group.name
+        rows.append(Row((Cell(name), *cells, Cell(gain), Cell(missed), Cell(sent)), total=group.name == "all"))
     return Table(title, text, heads, tuple(rows))
 
 

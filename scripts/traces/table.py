@@ -13,6 +13,7 @@ LARGEST_FILE_BYTES = 64 * 2**20
 MOST_ROWS = 1_000_000
 """Of a trace that is made or brought in."""
 TIME = "time_s"
+LEAST_STEP_S = 0.001
 _GRID_TOLERANCE = 0.01
 _LONE_STEP_S = 1.0
 
@@ -27,7 +28,7 @@ def read_table(path: Path, ranges: Ranges, required: int) -> tuple[list[Row], fl
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = [(number, row) for number, row in enumerate(csv.reader(file), start=1) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:  # of UTF-8; of a name with a NUL
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise TraceInvalid(path, 0, f"can't be read: {why}") from error
     if not rows:
@@ -55,8 +56,9 @@ def check_size(path: Path) -> None:
     """Raises TraceInvalid for a file that is too long to be a trace."""
     try:
         size = path.stat().st_size
-    except OSError as error:
-        raise TraceInvalid(path, 0, f"can't be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # the latter of a name with a NUL
+        why = getattr(error, "strerror", None) or str(error)
+        raise TraceInvalid(path, 0, f"can't be read: {why}") from error
     if size > LARGEST_FILE_BYTES:
         raise TraceInvalid(path, 0, f"has {size} bytes, a trace may have {LARGEST_FILE_BYTES}; cut it into parts")
 
@@ -106,6 +108,8 @@ def _step_s(path: Path, lines: Sequence[int], times_s: Sequence[float]) -> float
     if len(times_s) == 1:
         return _LONE_STEP_S
     step_s = times_s[1]
+    if 0 < step_s < LEAST_STEP_S:
+        raise TraceInvalid(path, lines[1], f"a step of {step_s:g} s; {LEAST_STEP_S:g} s is the least")
     for index, line in enumerate(lines[1:], start=1):
         if step_s <= 0 or abs(times_s[index] - times_s[index - 1] - step_s) > _GRID_TOLERANCE * step_s:
             raise TraceInvalid(path, line, f"time_s {times_s[index]:g} is not one step after {times_s[index - 1]:g}")

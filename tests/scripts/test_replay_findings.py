@@ -21,7 +21,7 @@ def question(number: int, e2e_s: float | None, **changes: object) -> QuestionRes
         "sources": 1,
         "state": "answered" if e2e_s is not None else "expired",
         "deadline_s": None,
-        "e2e_s": e2e_s,
+        "taken_e2e_s": e2e_s,
         "kl": 0.01,
         "predicted_s": 1.0,
         "links": (

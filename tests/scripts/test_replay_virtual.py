@@ -149,7 +149,7 @@ def test_agents_of_one_cell_share_its_rate() -> None:
     cell = (SharedTerms(name="cell", members=tuple(names), mbps=3.0),)
     requests = RequestTerms(count=6, first_s=15, sources=(1,))
     own = replayed(place(*(agent(name, mbps=3.0) for name in names), requests=requests), "kv")
-    shared = replayed(place(*(agent(name) for name in names), requests=requests, channels=cell), "kv")
+    shared = replayed(place(*(agent(name, mbps=None) for name in names), requests=requests, channels=cell), "kv")
     assert _mean(shared) > 1.4 * _mean(own)
     assert [question.state for question in shared.questions] == ["answered"] * 6
 

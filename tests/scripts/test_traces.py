@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ from scripts.traces.__main__ import app
 from scripts.traces.generate import BAD_SHARE, KINDS, Made, made
 from scripts.traces.mahimahi import PACKET_BITS, read_mahimahi
 from scripts.traces.session import read_session
+from scripts.traces.trace import shifted
 from tests.coordinator.builders import telemetry
 from tests.shared_data import shared_data
 
@@ -286,3 +288,15 @@ def test_every_shared_trace_is_read() -> None:
     for path in sorted((shared_data() / "traces").glob("*.csv")):
         trace = read_trace(path)
         assert len(trace.samples) >= 200
+
+
+@pytest.mark.parametrize("offset_s", [0.0, 1.0, 3.4, 4.0, 11.0])
+def test_a_trace_from_another_moment_on_is_the_same_one_later(offset_s: float) -> None:
+    trace = Trace(tuple(Sample(float(i), 1e6 * (1 + i)) for i in range(4)), 1.0)
+    late, steps_s = shifted(trace, offset_s), round(offset_s)
+    for at_s in (0.0, 0.5, 1.0, 2.9, 3.0, 7.5, 100.0):
+        assert late.at(at_s) == trace.at(at_s + steps_s)
+        assert late.next_change_s(at_s) == pytest.approx(trace.next_change_s(at_s + steps_s) - steps_s)
+    first = list(itertools.islice(late.steps(), 6))
+    assert [at_s for at_s, _ in first] == pytest.approx([0, 1, 2, 3, 4, 5])
+    assert [sample for _, sample in first] == [trace.at(steps_s + i) for i in range(6)]

@@ -38,7 +38,7 @@ def e2e(results: Sequence[Result]) -> Spec:
         rows,
         {"type": "line", "interpolate": "step-after", "strokeWidth": 2},
         {
-            "x": _quantity("e2e", "E2E, s", scale={"type": "log"}, axis={"tickCount": 4}, grid=True),
+            "x": _quantity("e2e", "E2E, s", scale={"type": "log"}, axis={"tickCount": 4}),
             "y": _quantity("share", "questions answered", axis={"format": "%"}, scale={"domain": [0, 1]}),
             "color": _policy_colour(results),
             "tooltip": _tooltip("policy", ("e2e", ".2f"), ("share", ".0%")),
@@ -72,7 +72,7 @@ def sent(results: Sequence[Result]) -> Spec:
         {"type": "bar"},
         {
             "y": {"field": "policy", "type": "nominal", "sort": list(_policies(results)), "title": None},
-            "x": _quantity("MB", "MB sent", grid=True),
+            "x": _quantity("MB", "MB sent"),
             "color": _named("medium", MEDIA),
             "tooltip": _tooltip("policy", "medium", ("MB", ".1f")),
         },
@@ -94,7 +94,7 @@ def misses(results: Sequence[Result]) -> Spec:
         {"type": "bar"},
         {
             "y": {"field": "policy", "type": "nominal", "sort": list(_policies(results)), "title": None},
-            "x": _quantity("missed", "deadlines missed", axis={"format": "%"}, scale={"domain": [0, 1]}, grid=True),
+            "x": _quantity("missed", "deadlines missed", axis={"format": "%"}, scale={"domain": [0, 1]}),
             "color": _policy_colour(results, legend=False),
             "tooltip": _tooltip("policy", ("missed", ".0%"), ("of", "d")),
         },
@@ -105,10 +105,15 @@ def misses(results: Sequence[Result]) -> Spec:
 def predictions(results: Sequence[Result]) -> Spec:
     """Predicted and measured E2E of each question."""
     rows: Rows = [
-        {"policy": result.policy, "trace": trace_name(result), "predicted": each.predicted_s, "measured": each.e2e_s}
+        {
+            "policy": result.policy,
+            "trace": trace_name(result),
+            "predicted": each.predicted_s,
+            "measured": each.taken_e2e_s,
+        }
         for result in results
         for each in result.questions
-        if each.e2e_s and each.predicted_s
+        if each.taken_e2e_s and each.predicted_s
     ]
     rows = [rows[at] for at in _thinned(len(rows), 8 * MOST_POINTS)]
     ends = [value for row in rows for value in (row["predicted"], row["measured"])] or [0.1, 10]
@@ -118,7 +123,7 @@ def predictions(results: Sequence[Result]) -> Spec:
         "data": {"values": rows},
         "mark": {"type": "point", "filled": True, "size": 22, "opacity": 0.5},
         "encoding": {
-            "x": _quantity("predicted", "predicted E2E, s", scale=log, grid=True),
+            "x": _quantity("predicted", "predicted E2E, s", scale=log),
             "y": _quantity("measured", "measured E2E, s", scale=log),
             "color": _policy_colour(results),
             "tooltip": _tooltip("policy", "trace", ("predicted", ".2f"), ("measured", ".2f")),
@@ -278,7 +283,7 @@ def differences(rows: Sequence[Paired]) -> Spec:
                 "mark": {"type": "rule", "strokeWidth": 2},
                 "encoding": {
                     "y": y,
-                    "x": _quantity("low", "mean E2E, second ÷ first", scale=scale, grid=True),
+                    "x": _quantity("low", "mean E2E, second ÷ first", scale=scale),
                     "x2": {"field": "high"},
                 },
             },
@@ -303,7 +308,7 @@ def _asked(question: QuestionResult) -> dict[str, Any]:
     media = list(dict.fromkeys(link.medium for link in question.links))
     deadline = "none" if question.deadline_s is None else "missed" if question.missed else "met"
     return {
-        "t": question.at_s,
+        "t": question.at_s + question.waited_s,
         "question": f"{question.number}, {question.tokens} tokens",
         "receiver": question.receiver,
         "e2e": question.e2e_s if question.e2e_s is not None else 0.0,
@@ -352,13 +357,13 @@ def _spec(**parts: Any) -> Spec:
     return {"$schema": SCHEMA, "background": None, **parts}
 
 
-def _quantity(field: str, title: str | None, *, grid: bool = False, **more: Any) -> Spec:
-    axis = {"grid": grid, "title": title} | more.pop("axis", {})
+def _quantity(field: str, title: str | None, **more: Any) -> Spec:
+    axis = {"grid": True, "title": title} | more.pop("axis", {})
     return {"field": field, "type": "quantitative", "axis": axis, **more}
 
 
 def _rate(field: str, title: str) -> Spec:
-    return _quantity(field, title, scale={"type": "symlog", "constant": 0.1}, grid=True)
+    return _quantity(field, title, scale={"type": "symlog", "constant": 0.1})
 
 
 def _named(field: str, colours: dict[str, str], title: str | None = None) -> Spec:

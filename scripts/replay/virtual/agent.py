@@ -56,21 +56,22 @@ class VirtualAgent:
         question_tokens: Callable[[str], int],
         answer_tokens: int,
         seed: int,
+        on_fault: Callable[[BaseException], None],
     ) -> None:
         clock = asyncio.get_running_loop().time
         model, access = neighbours.model, neighbours.access(name)
         self.name, self._control, self._neighbours, self._telemetry = name, control, neighbours, telemetry
         self._instance, self._sequence, self._began_s = new_id(), 0, clock()
-        self._tasks, self._start_s = Tasks(), start_s
+        self._tasks, self._start_s = Tasks(on_fault), start_s
         self._reporting: asyncio.TimerHandle | None = None
         self._relieving = False
         self.engine = VirtualEngine(
             speed, elements_per_token=model.elements_per_token, noise=noise, dice=random.Random(f"{seed} {name}")
         )
         self.store = VirtualStore(model, memory, others=others, clock=clock, recode=self._recode)
+        self._contexts, self._cached = tuple(contexts), cached
         for context in contexts:
-            self.store.add(context, cached=cached)
-        self._unread = [] if cached else list(contexts)
+            self.store.add(context)
         self._link = LinkMeter(bulk=ProbeBus(access, control.site), agent=name, signal=signal, clock=clock)
         self._answering = VirtualAnswering(
             agent=name,
@@ -93,6 +94,8 @@ class VirtualAgent:
 
     async def run(self) -> None:
         """Work until cancelled."""
+        for context in self._contexts if self._cached else ():
+            await self.store.put(context.context_id, at_once=True)
         await asyncio.sleep(self._start_s)
         await self._control.subscribe(topics.ORDERS, self._order, agent=self.name)
         presence = Presence(
@@ -122,9 +125,10 @@ class VirtualAgent:
 
     async def _prefill(self) -> None:
         """Compute what is held, one after the other."""
-        for context in self._unread:
-            await self.engine.prefill_context(context.tokens, PREFILLER)
-            self.store.keep(context.context_id)
+        for context in () if self._cached else self._contexts:
+            if self.store.rung(context.context_id) is None:
+                await self.engine.prefill_context(context.tokens, PREFILLER)
+                await self.store.put(context.context_id)
 
     def _report(self) -> None:
         """Now, and again after the interval; when memory has filled, caches are tightened."""

@@ -5,8 +5,7 @@ agent's own rule (edge_agent.meeting).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from typing import Any, Literal
 
 from broker_config import topics
@@ -140,6 +139,7 @@ class VirtualAnswering:
         with self._store.pinned(held.context_id):
             kept = self._store.rung(held.context_id)
             if kept is not None and self._store.shelf.keeps(kept, progress.part.rung):
+                self._store.used(held.context_id)
                 entries = self._engine.entries(held.tokens)
                 if kept != EXACT:
                     progress.decode_s = await self._engine.decode(entries, kept)
@@ -153,14 +153,21 @@ class VirtualAnswering:
     ) -> Fetched | Live:
         """A transfer, completed from its ids if it ends before all is there."""
         reception = VirtualReception(
-            transfer, self._agent, sender, seat.news, engine=self._engine, neighbours=self._neighbours
+            transfer,
+            self._agent,
+            sender,
+            seat.news,
+            engine=self._engine,
+            neighbours=self._neighbours,
+            link=self._link,
+            timeout_s=order.part_timeout_s,
         )
         try:
-            async with self._received(reception, order.part_timeout_s):
-                return await self._meet(order, progress, reception, seat)
+            return await self._meet(order, progress, reception, seat)
         finally:
-            progress.payload_bytes, progress.decode_s = reception.payload_bytes, reception.decode_s
-            progress.receive_s = asyncio.get_running_loop().time() - reception.began_s
+            await reception.close()
+            progress.payload_bytes, progress.receive_s = reception.payload_bytes, reception.receive_s
+            progress.decode_s = reception.decode_s
             self._measured(reception)
 
     async def _meet(
@@ -189,22 +196,12 @@ class VirtualAnswering:
         found: Any = await meeting.live() if seat.alone else await meeting.pieces()
         return found if isinstance(found, Live) else list(found)
 
-    @asynccontextmanager
-    async def _received(self, reception: VirtualReception, timeout_s: float) -> AsyncIterator[None]:
-        """The link's meter sees it come in; nothing of it is left behind."""
-        with self._link.receiving(reception.seen):
-            reception.begin(timeout_s)
-            try:
-                yield
-            finally:
-                await reception.close()
-
     def _measured(self, reception: VirtualReception) -> None:
         """What the transfer says of this machine and its link."""
         if reception.decoded_elements:
             self._engine.meter.decode_payload(reception.decoded_elements, reception.decode_s, reception.rung)
         transfer = reception.transfer
-        if transfer.complete and transfer.first_s is not None and transfer.last_s is not None:
+        if (transfer.complete or transfer.enough) and transfer.first_s is not None and transfer.last_s is not None:
             after_first = max(0, transfer.received_bytes - reception.first_bytes)
             self._link.received(after_first, transfer.last_s - transfer.first_s)
 
@@ -228,26 +225,24 @@ class VirtualReception:
         *,
         engine: VirtualEngine,
         neighbours: Neighbours,
+        link: LinkMeter,
+        timeout_s: float,
     ) -> None:
-        self._engine, self._neighbours, self._news = engine, neighbours, news
+        self._engine, self._neighbours, self._link, self._news = engine, neighbours, link, news
         self._agent, self._sender = agent, sender
         self._clock = asyncio.get_running_loop().time
-        self.transfer = neighbours.transfers.join(transfer)
+        self.transfer = neighbours.transfers.of(transfer)
         self.began_s = self._clock()
         self.seen = Seen(transfer, clock=self._clock)
         self.over = False
         self.failure: TransferError | None = None
         self.payload_bytes = self.first_bytes = self.decoded_elements = 0
-        self.decode_s = 0.0
+        self.decode_s = self.receive_s = 0.0
         self.rung = ""
         self._passed = 0
         self._slices: list[tuple[int, Entries]] = []
         self._changed = asyncio.Event()
         self._accepted: asyncio.Future[Header] = asyncio.get_running_loop().create_future()
-        self._task: asyncio.Task[None] | None = None
-
-    def begin(self, timeout_s: float) -> None:
-        """Take what comes, until it ends or the time is over."""
         self.transfer.news = self._came
         self._task = asyncio.create_task(self._run(timeout_s), name=f"reception of {self.transfer.transfer}")
 
@@ -273,30 +268,28 @@ class VirtualReception:
 
     async def end(self) -> None:
         """Wait for the end of it."""
-        if self._task is not None:
-            await asyncio.wait({self._task})
-            self._task.result()
+        await asyncio.wait({self._task})
+        self._task.result()
 
     async def close(self) -> None:
         """Read no further."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
+        self._task.cancel()
+        await asyncio.wait({self._task})
         if not self._accepted.done():
             self._accepted.cancel()
         self.transfer.fail("cancelled", "its receiver has no use for it")
         self._tell_sender()
-        self._neighbours.transfers.leave(self.transfer.transfer)
 
     async def _run(self, timeout_s: float) -> None:
         try:
-            async with asyncio.timeout(timeout_s):
-                await self._read()
+            with self._link.receiving(self.seen):
+                async with asyncio.timeout(timeout_s):
+                    await self._read()
         except TimeoutError:
             self.transfer.fail("expired", f"not complete within {timeout_s:g} s")
             self._tell_sender()
         finally:
-            self.over = True
+            self.over, self.receive_s = True, self._clock() - self.began_s
             if self.transfer.failed is not None and not self.transfer.complete:
                 self.failure = FAILURES[self.transfer.failed](self.transfer.transfer, self.transfer.reason)
                 if not self._accepted.done():

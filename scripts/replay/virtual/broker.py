@@ -7,6 +7,7 @@ connection does up to its keep-alive: what is said meanwhile comes late, in orde
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,11 @@ ENVELOPE_BYTES = 100
 """Topic, MQTT's header and TCP's of one message."""
 
 _Parameters = tuple[tuple[str, str], ...]
+
+
+def after_last(last_s: float, due_s: float) -> float:
+    """When something is due that may not overtake what is due at last_s: timers of one time fire in any order."""
+    return max(math.nextafter(last_s, math.inf), due_s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +73,7 @@ class Pipe:
 
     def _arrive(self, after_s: float, deliver: Callable[[], None]) -> None:
         loop = asyncio.get_running_loop()
-        self._last_s = max(self._last_s, loop.time() + after_s + self._delay_s())
+        self._last_s = after_last(self._last_s, loop.time() + after_s + self._delay_s())
         loop.call_at(self._last_s, deliver)
 
 

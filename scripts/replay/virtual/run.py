@@ -101,7 +101,7 @@ def run(terms: Terms, hear: Callable[[float], None] = lambda _: None) -> Result:
         duration_s=setting.duration_s,
         questions=tuple(stage.results),
         agents=stage.seconds.agents if stage.seconds is not None else (),
-        error=stage.policy.error,
+        error=stage.policy.error or stage.fault,
         seconds=time.perf_counter() - began_s,
     )
 
@@ -116,11 +116,13 @@ class _Stage:
         self._over = asyncio.Event()
         self.policy = Watched(terms.policy, self._over.set)
         self.results: list[QuestionResult] = []
+        self.fault = ""
         self.seconds: Seconds | None = None
         self._rates: dict[str, Trace | float] = {}
 
     async def play(self) -> None:
         """To the end, and to the last answer; to the policy's first error, if it raises."""
+        asyncio.get_running_loop().set_exception_handler(self._escaped)
         setting, seed = self._place.setting, self._terms.seed
         accesses = self._accesses()
         broker = VirtualBroker(site=SITE)
@@ -196,7 +198,7 @@ class _Stage:
             bus = recorded
         journal = Journal(self._folder / "rounds.jsonl")
         stack.callback(journal.close)
-        coordinator = Coordinator(settings, policies=known(self.policy))
+        coordinator = Coordinator(settings, policies=known(self.policy), on_fault=self._failed)
         await coordinator.join(bus, journal)
         return coordinator
 
@@ -222,6 +224,7 @@ class _Stage:
             question_tokens=question_tokens,
             answer_tokens=setting.answer_tokens,
             seed=seed,
+            on_fault=self._failed,
         )
 
     async def _ask(self, asker: VirtualAsker, number: int, asked: Asked) -> None:
@@ -229,11 +232,20 @@ class _Stage:
         patience_s = self._place.setting.requests.patience_s
         kls = {rung.name: rung.kl for rung in model_of(self._place.setting).ladder}
         try:
-            report, refused = await patiently(lambda: asker.ask(asked), patience_s)
+            taken = await patiently(lambda: asker.ask(asked), patience_s)
         except Refusals as error:
             self.results.append(refused_result(number, asked, error.count, str(error)))
         else:
-            self.results.append(question_result(number, asked, report, refused, kls))
+            self.results.append(question_result(number, asked, taken, kls))
+
+    def _failed(self, error: BaseException) -> None:
+        """Something ended by a fault: so does the run."""
+        self.fault = self.fault or f"a fault of ours: {type(error).__name__}: {error}"
+        self._over.set()
+
+    def _escaped(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """The same, where nobody waited for it."""
+        self._failed(context.get("exception") or RuntimeError(context.get("message", "")))
 
     async def _tell(self) -> None:
         """How far it is."""

@@ -68,11 +68,9 @@ class VirtualSending:
             raise
         finally:
             del self._jobs[order.transfer]
-            if job.transfer is not None:
-                self._neighbours.transfers.leave(order.transfer)
         await self._report(job, state, reason, sent)
         if job.computing is not None:
-            await job.computing
+            await asyncio.wait({job.computing})
 
     def pace(self, order: PaceOrder) -> None:
         """Other rates for a transfer that is under way."""
@@ -83,7 +81,7 @@ class VirtualSending:
 
     async def _send(self, job: _Job) -> Sent:
         order = job.order
-        job.transfer = self._neighbours.transfers.join(order.transfer)
+        job.transfer = self._neighbours.transfers.of(order.transfer)
         held = self._store.get(order.context_id)
         if order.own_tokens > held.tokens:
             raise RecipeInvalid(f"{order.own_tokens} leading tokens of a context of {held.tokens}")
@@ -129,6 +127,8 @@ class VirtualSending:
         job.seen.made(head.nbytes, all_of_it=not slices)
         yield head, not slices
         ready = kept is not None and self._store.shelf.serves(kept, order.rung)
+        if slices and ready:
+            self._store.used(held.context_id)
         left = len(slices)
         made = head.nbytes
         async with aclosing(self._coded(job, slices, kept) if ready else self._streamed(job, held, slices)) as coded:
@@ -184,7 +184,7 @@ class VirtualSending:
             job.read_tokens = read
             news.set()
         self._engine.meter.prefill(held.tokens, job.prefill_s)
-        self._store.keep(held.context_id)
+        await self._store.put(held.context_id)
 
     def _abort(self, job: _Job, state: EndState, reason: str) -> None:
         """The receiver is told, after the way to it."""
@@ -200,7 +200,7 @@ class VirtualSending:
             transfer=job.order.transfer,
             agent=self._agent,
             state=state,
-            payload_bytes=sent.payload_bytes if sent else 0,
+            payload_bytes=job.outward.payload_bytes if job.outward is not None else 0,
             wire_bytes=sent.wire_bytes if sent else 0,
             prefill_s=job.prefill_s,
             encode_s=job.encode_s,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,7 +15,7 @@ from broker_config.messages import ContextInfo, Memory, ModelInfo
 from edge_agent.errors import ContextUnknown
 from edge_agent.memory import Budget, Shelf
 from edge_agent.memory.budget import System
-from edge_agent.memory.relief import Item, next_step
+from edge_agent.memory.relief import Item, Step, next_step
 from edge_agent.memory.shelf import EXACT
 from edge_agent.settings import MemorySettings
 from scripts.traces.memory import MemoryTrace
@@ -60,6 +62,7 @@ class VirtualStore:
         self._infos: dict[tuple[str, str | None], ContextInfo] = {}
         self._sizes: dict[tuple[int, str], int] = {}
         self._pins: Counter[str] = Counter()
+        self._relieving = asyncio.Lock()
 
     @property
     def cache_bytes(self) -> int:
@@ -87,12 +90,10 @@ class VirtualStore:
             stalled_share=now.stalled_share,
         )
 
-    def add(self, context: Context, *, cached: bool) -> None:
-        """Hold a context, its cache as floats."""
+    def add(self, context: Context) -> None:
+        """Hold a context."""
         self._held[context.context_id] = context
         self._held = {held.context_id: held for held in sorted(self._held.values(), key=lambda held: held.name)}
-        if cached:
-            self.keep(context.context_id)
 
     def get(self, context_id: str) -> Context:
         """Raises ContextUnknown."""
@@ -101,43 +102,76 @@ class VirtualStore:
         return self._held[context_id]
 
     def rung(self, context_id: str) -> str | None:
-        """At which its cache is kept, now the most recently used; None if it is not."""
-        if context_id in self._rungs:
-            self._rungs.move_to_end(context_id)
+        """At which its cache is kept; None if it is not."""
         return self._rungs.get(context_id)
 
-    def keep(self, context_id: str) -> None:
-        """A cache that was computed, coded so far that it fits; none, if it fits at no rung."""
-        for rung in self.shelf.rungs:
-            before = self._size(context_id) if context_id in self._rungs else 0
-            size = self.shelf.size_bytes(self._held[context_id].tokens, rung)
-            if self.cache_bytes - before + size <= self._budget.high * self._budget.bytes_now(self.cache_bytes):
-                self._rungs[context_id] = rung
+    def used(self, context_id: str) -> None:
+        """It is the most recently used now."""
+        if context_id in self._rungs:
+            self._rungs.move_to_end(context_id)
+
+    async def put(self, context_id: str, *, at_once: bool = False) -> None:
+        """Keep a cache that was computed as the most recently used, making room for it; coded, if only so it fits.
+
+        Not at all, if it can't fit beside what is pinned. at_once: coding takes no time.
+        """
+        tokens, kept = self._held[context_id].tokens, EXACT
+        size = partial(self.shelf.size_bytes, tokens)
+        if size(self.shelf.rungs[-1]) + self._pinned_bytes(context_id) > self._budget_bytes():
+            return
+        with self.pinned(context_id):
+            for rung in self.shelf.rungs[1:]:
+                await self.relieve(size(kept), context_id, leave=False, at_once=at_once)
+                if self._marked(size(kept), context_id) <= self._budget.high:
+                    break
+                if self._room(context_id) >= size(rung) or rung == self.shelf.rungs[-1]:
+                    if not at_once:
+                        await self._recode(tokens, rung, kept)
+                    kept = rung
+            await self.relieve(size(kept), context_id, at_once=at_once)
+            if size(kept) <= self._room(context_id):
+                self._rungs[context_id] = kept
                 self._rungs.move_to_end(context_id)
-                return
 
     @property
     def filled(self) -> bool:
         """Whether caches take more than the high watermark allows."""
-        return self._above(self._budget.high)
+        return self._marked(0, "") > self._budget.high
 
-    async def relieve(self) -> None:
-        """Take caches further until the watermarks are kept, or nothing is left to be done."""
-        target = self._budget.high
-        while self._above(target):
-            items = [Item(context_id, rung) for context_id, rung in self._rungs.items() if not self._pins[context_id]]
-            step = next_step(items, self.shelf.tighter, disk=False)
-            if step is None:
-                return
-            kept = self._rungs[step.context_id]
-            if step.rung is not None:
-                await self._recode(self._held[step.context_id].tokens, step.rung, kept)
-            if self._rungs.get(step.context_id) == kept and not self._pins[step.context_id]:
-                if step.rung is None:
-                    del self._rungs[step.context_id]
-                else:
-                    self._rungs[step.context_id] = step.rung
-            target = self._budget.low
+    async def relieve(
+        self, room_bytes: int = 0, context_id: str = "", *, leave: bool = True, at_once: bool = False
+    ) -> None:
+        """Take caches further until, with so much room more for one, the watermarks are kept or nothing can be done.
+
+        leave: whether caches may leave memory for it. None leaves for a low mark that can't be reached.
+        """
+        async with self._relieving:
+            target = self._budget.high
+            while (marked := self._marked(room_bytes, context_id)) > target:
+                items = [
+                    Item(each, rung)
+                    for each, rung in self._rungs.items()
+                    if each != context_id and not self._pins[each]
+                ]
+                step = next_step(items, self.shelf.tighter, disk=False)
+                if step is None or (step.rung is None and not leave):
+                    return
+                fixed = (self._pinned_bytes(context_id) + room_bytes) / max(1, self._budget_bytes())
+                if step.rung is None and marked <= self._budget.high and fixed > self._budget.low:
+                    return
+                await self._take(step, at_once=at_once)
+                target = self._budget.low
+
+    async def _take(self, step: Step, *, at_once: bool) -> None:
+        """One step; nothing, if the cache was pinned or replaced meanwhile."""
+        kept = self._rungs[step.context_id]
+        if step.rung is not None and not at_once:
+            await self._recode(self._held[step.context_id].tokens, step.rung, kept)
+        if self._rungs.get(step.context_id) == kept and not self._pins[step.context_id]:
+            if step.rung is None:
+                del self._rungs[step.context_id]
+            else:
+                self._rungs[step.context_id] = step.rung
 
     @contextmanager
     def pinned(self, context_id: str) -> Iterator[None]:
@@ -172,9 +206,22 @@ class VirtualStore:
             ready=None if rung is None or rung == EXACT else self.shelf.ready(rung),
         )
 
-    def _above(self, mark: float) -> bool:
-        cache_bytes = self.cache_bytes
-        return cache_bytes > mark * max(1, self._budget.bytes_now(cache_bytes))
+    def _marked(self, room_bytes: int, context_id: str) -> float:
+        """The share of the budget that caches take, with so much for that of a context."""
+        return (self.cache_bytes - self._kept_bytes(context_id) + room_bytes) / max(1, self._budget_bytes())
+
+    def _room(self, context_id: str) -> int:
+        """Bytes that the cache of a context may take."""
+        return self._budget_bytes() - self.cache_bytes + self._kept_bytes(context_id)
+
+    def _budget_bytes(self) -> int:
+        return self._budget.bytes_now(self.cache_bytes)
+
+    def _pinned_bytes(self, but: str) -> int:
+        return sum(self._size(each) for each in self._rungs if self._pins[each] and each != but)
+
+    def _kept_bytes(self, context_id: str) -> int:
+        return self._size(context_id) if context_id in self._rungs else 0
 
     def _size(self, context_id: str) -> int:
         kept = self._held[context_id].tokens, self._rungs[context_id]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -12,12 +12,14 @@ from broker_config.messages import EndState, RateStep
 from broker_config.transfer import Sent
 from edge_agent.flow import Flow as Seen
 from scripts.replay.network import Flow, Network
-from scripts.replay.virtual.broker import Access
+from scripts.replay.virtual.broker import Access, after_last
 
 ENVELOPE_BYTES = 140
 """Topic, ids, checksum and headers of one chunk."""
 LEAST_IN_WINDOW = 2
 """Chunks that may always be under way."""
+REMEMBERED = 4_096
+"""Transfers, far more than are under way at once."""
 LONGEST_HOP_S = 1.0
 """What one chunk takes from the broker on is counted up to here: an outage holds the flow itself."""
 
@@ -101,22 +103,17 @@ class Transfer:
 
 
 class Transfers:
-    """Those under way, by id."""
+    """Those under way, and the last that were, by id: the end that comes late learns what became of it."""
 
     def __init__(self) -> None:
-        self._known: dict[str, Transfer] = {}
-        self._ends: dict[str, int] = {}
+        self._known: OrderedDict[str, Transfer] = OrderedDict()
 
-    def join(self, transfer: str) -> Transfer:
+    def of(self, transfer: str) -> Transfer:
         """For one of its two ends, whichever comes first."""
-        self._ends[transfer] = self._ends.get(transfer, 0) + 1
-        return self._known.setdefault(transfer, Transfer(transfer))
-
-    def leave(self, transfer: str) -> None:
-        """Forgotten once nobody is there any more."""
-        self._ends[transfer] -= 1
-        if not self._ends[transfer]:
-            del self._known[transfer], self._ends[transfer]
+        known = self._known.setdefault(transfer, Transfer(transfer))
+        while len(self._known) > REMEMBERED:
+            self._known.popitem(last=False)
+        return known
 
 
 class Outward:
@@ -144,11 +141,13 @@ class Outward:
         self._news = asyncio.Event()
         self._given_bits = self._last_s = 0.0
         self._under_way = self._acked_bytes = 0
-        self._payload_bytes = self._chunks = 0
+        self.payload_bytes = self._chunks = 0
+        """Of what was given."""
         self._first_s: float | None = None
         self._done = False
         transfer.wake_sender = self._news.set
         self.pace(rate_bps, later_rates, began_s)
+        transfer.told = transfer.told or transfer.enough or transfer.failed is not None  # its Open would be told so
 
     @property
     def pace_bps(self) -> float | None:
@@ -186,8 +185,8 @@ class Outward:
         if self._transfer.told and self._transfer.failed:
             raise FAILURES[self._transfer.failed](self._transfer.transfer, self._transfer.reason)
         return Sent(
-            payload_bytes=self._payload_bytes,
-            wire_bytes=self._payload_bytes + ENVELOPE_BYTES * self._chunks,
+            payload_bytes=self.payload_bytes,
+            wire_bytes=self.payload_bytes + ENVELOPE_BYTES * self._chunks,
             transfer_s=loop.time() - (self._first_s if self._first_s is not None else loop.time()),
             chunks=self._chunks,
             resent=0,
@@ -206,7 +205,7 @@ class Outward:
             now_s = asyncio.get_running_loop().time()
             self._first_s = now_s if self._first_s is None else self._first_s
             self._under_way += nbytes
-            self._payload_bytes += nbytes
+            self.payload_bytes += nbytes
             self._chunks += 1
             self._given_bits += 8.0 * (nbytes + ENVELOPE_BYTES)
             self._queue.put_nowait((self._given_bits, nbytes, piece if whole else None, whole and last))
@@ -228,7 +227,7 @@ class Outward:
             hop_bps = min(self._network.channels[name].bps(loop.time()) for name in self._receiver.down)
             hop_s = min(8.0 * nbytes / hop_bps, LONGEST_HOP_S) if hop_bps > 0 else LONGEST_HOP_S
             there_s = loop.time() + hop_s + self._sender.delay_s() + self._receiver.delay_s()
-            self._last_s = max(self._last_s, there_s)
+            self._last_s = after_last(self._last_s, there_s)
             loop.call_at(self._last_s, self._arrived, nbytes, piece, last)
 
     def _arrived(self, nbytes: int, piece: Piece | None, last: bool) -> None:

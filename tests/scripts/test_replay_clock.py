@@ -1,0 +1,49 @@
+"""Virtual time, and ids that can be drawn again."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from broker_config.messages import ids_from, new_id
+from scripts.replay.clock import run_virtual
+
+
+async def _waits() -> list[float]:
+    loop, found = asyncio.get_running_loop(), []
+    for seconds in (3_600.0, 0.001, 86_400.0):
+        await asyncio.sleep(seconds)
+        found.append(loop.time())
+    return found
+
+
+@pytest.mark.parametrize("looks", [1, 7, 256])
+def test_hours_pass_at_once_however_seldom_it_is_looked_outside(looks: int) -> None:
+    assert run_virtual(_waits(), limit_s=None, looks=looks) == pytest.approx([3_600, 3_600.001, 90_000.001])
+
+
+def test_time_limits_are_virtual_too() -> None:
+    with pytest.raises(TimeoutError):
+        run_virtual(asyncio.sleep(50), limit_s=49.0)
+
+
+def test_what_waits_for_ever_is_told() -> None:
+    async def forever() -> None:
+        await asyncio.Event().wait()
+
+    with pytest.raises(RuntimeError, match="no timer will ever end it"):
+        run_virtual(forever(), limit_s=None)
+
+
+def test_ids_are_drawn_where_that_is_asked_for_and_random_elsewhere() -> None:
+    async def drawn() -> str:
+        return await asyncio.create_task(_one())
+
+    async def _one() -> str:
+        return new_id()
+
+    with ids_from(lambda count: bytes(range(count))):
+        assert new_id() == "0001020304050607"
+        assert run_virtual(drawn()) == "0001020304050607"
+    assert len({new_id() for _ in range(100)}) == 100
