@@ -58,7 +58,7 @@ HELD_S, MESSAGE_HELD_S = 0.003, 0.0015
 CATCHING_UP_S = 0.01
 LEAST_SHARE = 0.1
 
-STRETCH_S = 5.0
+STRETCH_S = 4.0
 LONG_STRETCH_S = 60.0
 UNSAID_DELAY_S = 0.02
 """Of a link whose trace has no round trip."""
@@ -153,6 +153,11 @@ class Ideal:
     def arrived_bits(self, time_s: float) -> float:
         """What has come out at the far end: all that was sent before what is still on its way."""
         return self.sent_bits(self.sent_s(time_s))
+
+    def late_bits(self, time_s: float) -> float:
+        """What has come out but may not have yet, because it was sent late or arrives late."""
+        arrivals_late, sendings_late = self.sent_s(time_s - LATE_S), self.sent_s(time_s) - LATE_S
+        return self.arrived_bits(time_s) - self.sent_bits(min(arrivals_late, sendings_late))
 
     def decisive_s(self, begin_s: float, end_s: float) -> list[float]:
         """When being late would move bytes into or out of a window: at its edges and at the steps in it."""
@@ -312,14 +317,13 @@ async def windows(ideal: Ideal, watch: Watch) -> dict[Way, list[Window]]:
 
 def window(ideal: Ideal, arrivals: Arrivals, watch: Watch, start_s: float, begin_s: float) -> Window:
     end_s = begin_s + WINDOW_S
-    earlier, begun, nearly, ended = map(ideal.arrived_bits, (begin_s - LATE_S, begin_s, end_s - LATE_S, end_s))
-    share = RATE_TOLERANCE * (ended - begun)
+    bits = ideal.arrived_bits(end_s) - ideal.arrived_bits(begin_s)
     return Window(
         begin_s=begin_s,
         passed=arrivals.bits(start_s + end_s) - arrivals.bits(start_s + begin_s),
-        ideal=ended - begun,
-        least=ended - begun - max(share, LEAST_TURN_BITS + ended - nearly),
-        most=ended - begun + max(share, LEAST_TURN_BITS + begun - earlier),
+        ideal=bits,
+        least=bits - max(RATE_TOLERANCE * bits, LEAST_TURN_BITS + ideal.late_bits(end_s)),
+        most=bits + max(RATE_TOLERANCE * bits, LEAST_TURN_BITS + ideal.late_bits(begin_s)),
         clear=was_clear(ideal, watch, start_s, begin_s, end_s),
     )
 

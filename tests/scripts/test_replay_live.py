@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import msgspec
@@ -49,7 +50,8 @@ async def test_a_live_replay_and_its_twin(tiny_bundle: Path, tmp_path: Path, bro
     twin = measured(where, played.recording, tiny_bundle)
     speeds = [agent.speed for agent in twin.setting.agents]
     assert all(speed is not None for speed in speeds)
-    virtual = run(Terms(place=twin, policy=policy_named("kv"), trace=trace, trace_name="steps"))
+    again = Terms(place=twin, policy=policy_named("kv"), trace=trace, trace_name="steps")
+    virtual = await asyncio.to_thread(run, again)
     one, _ = agreement([result, virtual])
     assert one.questions == 4
     assert one.virtual_s > 0
