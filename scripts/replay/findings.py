@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby
 
 import numpy as np
 from msgspec import Struct
@@ -250,10 +249,3 @@ def _figures(policy: str, questions: Sequence[QuestionResult], lost_s: float) ->
 def _interval(values: Floats) -> tuple[float, float]:
     low, high = np.percentile(values, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)])
     return float(low), float(high)
-
-
-def runs_of(results: Sequence[Result]) -> Iterator[tuple[tuple[str, str, str, int, str], list[Result]]]:
-    """Results that differ in their policy only, together."""
-    rows = sorted(results, key=lambda result: result.key)
-    for key, group in groupby(rows, key=lambda result: result.key):
-        yield key, list(group)

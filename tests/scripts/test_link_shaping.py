@@ -159,6 +159,15 @@ class Ideal:
         arrivals_late, sendings_late = self.sent_s(time_s - LATE_S), self.sent_s(time_s) - LATE_S
         return self.arrived_bits(time_s) - self.sent_bits(min(arrivals_late, sendings_late))
 
+    def early_bits(self, time_s: float) -> float:
+        """What has not come out but may have: where the delay fell, what is held up by the order alone.
+
+        The last turn before the step, which it waits for, may have been a while before the step.
+        """
+        ends_s = ((begin_s, end_s, time_s - self.delay_s(begin_s)) for begin_s, end_s in self._spans())
+        sent_s = max((min(sent_s, end_s) for begin_s, end_s, sent_s in ends_s if begin_s <= sent_s), default=-math.inf)
+        return self.sent_bits(max(sent_s, self.sent_s(time_s))) - self.arrived_bits(time_s)
+
     def decisive_s(self, begin_s: float, end_s: float) -> list[float]:
         """When being late would move bytes into or out of a window: at its edges and at the steps in it."""
         sent_s = self.sent_s(begin_s), self.sent_s(end_s)
@@ -322,8 +331,8 @@ def window(ideal: Ideal, arrivals: Arrivals, watch: Watch, start_s: float, begin
         begin_s=begin_s,
         passed=arrivals.bits(start_s + end_s) - arrivals.bits(start_s + begin_s),
         ideal=bits,
-        least=bits - max(RATE_TOLERANCE * bits, LEAST_TURN_BITS + ideal.late_bits(end_s)),
-        most=bits + max(RATE_TOLERANCE * bits, LEAST_TURN_BITS + ideal.late_bits(begin_s)),
+        least=bits - max(RATE_TOLERANCE * bits, LEAST_TURN_BITS + ideal.late_bits(end_s) + ideal.early_bits(begin_s)),
+        most=bits + max(RATE_TOLERANCE * bits, LEAST_TURN_BITS + ideal.late_bits(begin_s) + ideal.early_bits(end_s)),
         clear=was_clear(ideal, watch, start_s, begin_s, end_s),
     )
 
