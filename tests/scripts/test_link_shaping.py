@@ -1,16 +1,17 @@
 """A link that follows a trace must give the trace's rate and delay: what passes is measured where it arrives.
 
 Rate: a source that always has more fills both directions at once, and what the far end has received is counted in
-windows of 1 s, one every 50 ms, whatever steps they lie across. A window must hold what the trace passes in it, to
-within 5 %, or one turn and the lateness of a delay if that is more: bytes pass in turns of 4 ms but at least
-1,500 bytes, and may arrive 5 ms late, so at either edge a window may lack or have 1,500 bytes and what passes in 9 ms.
-Within a step of 0.3 Mbit/s or more that is less than 5 %; just behind a steep step down, it is not.
+windows of 1 s, one every 50 ms, whatever steps they lie across. A window must hold what the trace passes in it within
+5 %. Bytes pass in turns of 4 ms but at least 1,500 bytes, and may be 5 ms late, so a window may also lack or have what
+passes in 9 ms and 1,500 bytes: within a step of 0.3 Mbit/s or more that is less than 5 %, behind a steep step down, on
+a slower link and where a change of delay brings much at once or nothing, it is not.
+
 Delay: stamped messages of 64 bytes, one about every 25 ms each way on a link that carries nothing else, must arrive
 within 5 ms of half the trace's round trip, and may take the time that their bits take at the trace's rate besides.
 
-All runs in one event loop, and while that is held up nothing is the link's doing: windows with such an edge and
-messages with such a way are left out, a least share must remain, and a run in which too little remains is done again
-once. Inside a window the link must make up for it by itself.
+All runs in one event loop, and what it does while that is held up is not the link's doing. Windows that this moves
+bytes into or out of, and messages on whose way it is, are left out; inside a window the link must make up for it. A
+least share must remain, and a run in which too little does is done again once.
 """
 
 from __future__ import annotations
@@ -53,8 +54,10 @@ LEAST_BPS = 0.1 * MBIT
 """Five times the messages' own rate: a slower link is not idle with them, and they are not sent."""
 
 WATCH_S = 0.002
+TIMER_S = 0.002
+"""A timer comes up to 1 ms late by itself, and something else may be in the way."""
 HELD_S, MESSAGE_HELD_S = 0.003, 0.0015
-"""A timer comes up to 1 ms late by itself; a message meets three turns of the loop in its 5 ms."""
+"""Held up for longer than this is too long. A message meets three turns of the loop in its 5 ms."""
 CATCHING_UP_S = 0.01
 LEAST_SHARE = 0.1
 
@@ -168,11 +171,17 @@ class Ideal:
         sent_s = max((min(sent_s, end_s) for begin_s, end_s, sent_s in ends_s if begin_s <= sent_s), default=-math.inf)
         return self.sent_bits(max(sent_s, self.sent_s(time_s))) - self.arrived_bits(time_s)
 
-    def decisive_s(self, begin_s: float, end_s: float) -> list[float]:
-        """When being late would move bytes into or out of a window: at its edges and at the steps in it."""
-        sent_s = self.sent_s(begin_s), self.sent_s(end_s)
-        steps_s = [step_s for step_s, _ in self._spans() if sent_s[0] <= step_s <= sent_s[1]]
-        return [begin_s, end_s, *sent_s, *steps_s]
+    def steps_s(self, begin_s: float, end_s: float) -> list[float]:
+        """Those that what arrives in a window was sent across."""
+        first_s, last_s = self.sent_s(begin_s), self.sent_s(end_s)
+        return [step_s for step_s, _ in self._spans() if first_s <= step_s <= last_s]
+
+    def step_bits(self, begin_s: float, end_s: float) -> float:
+        """What steps that come as late as a timer does make in a window."""
+        rates_bps = [
+            (self.rate_bps(step_s - TIMER_S), self.rate_bps(step_s)) for step_s in self.steps_s(begin_s, end_s)
+        ]
+        return TIMER_S * sum(abs(after - before) for before, after in rates_bps)
 
     def _spans(self) -> list[tuple[float, float]]:
         begins_s = [sample.time_s for sample in self.trace.samples]
@@ -327,19 +336,23 @@ async def windows(ideal: Ideal, watch: Watch) -> dict[Way, list[Window]]:
 def window(ideal: Ideal, arrivals: Arrivals, watch: Watch, start_s: float, begin_s: float) -> Window:
     end_s = begin_s + WINDOW_S
     bits = ideal.arrived_bits(end_s) - ideal.arrived_bits(begin_s)
+    few = LEAST_TURN_BITS + ideal.step_bits(begin_s, end_s)
+    missing = max(RATE_TOLERANCE * bits, few + ideal.late_bits(end_s) + ideal.early_bits(begin_s))
+    more = max(RATE_TOLERANCE * bits, few + ideal.late_bits(begin_s) + ideal.early_bits(end_s))
     return Window(
         begin_s=begin_s,
         passed=arrivals.bits(start_s + end_s) - arrivals.bits(start_s + begin_s),
         ideal=bits,
-        least=bits - max(RATE_TOLERANCE * bits, LEAST_TURN_BITS + ideal.late_bits(end_s) + ideal.early_bits(begin_s)),
-        most=bits + max(RATE_TOLERANCE * bits, LEAST_TURN_BITS + ideal.late_bits(begin_s) + ideal.early_bits(end_s)),
+        least=bits - missing,
+        most=bits + more,
         clear=was_clear(ideal, watch, start_s, begin_s, end_s),
     )
 
 
 def was_clear(ideal: Ideal, watch: Watch, start_s: float, begin_s: float, end_s: float) -> bool:
     """Whether the loop was held up neither when it mattered nor for longer than an idle channel may save up."""
-    decisive_s = [start_s + at_s for at_s in ideal.decisive_s(begin_s, end_s)]
+    sent_s = ideal.sent_s(begin_s), ideal.sent_s(end_s)
+    decisive_s = [start_s + at_s for at_s in (begin_s, end_s, *sent_s, *ideal.steps_s(begin_s, end_s))]
     late_s = max(watch.longest_s(at_s - CATCHING_UP_S, at_s) for at_s in decisive_s)
     return late_s <= HELD_S and watch.longest_s(start_s + begin_s, start_s + end_s) <= BURST_S
 
@@ -433,16 +446,19 @@ async def test_a_full_link_passes_the_rate_of_steps_in_every_window() -> None:
     await check(windows, [STEPS])
 
 
+@pytest.mark.slow
 @late_turn
 async def test_a_full_link_passes_the_rate_behind_a_steep_drop_with_much_on_its_way() -> None:
     await check(windows, [LONG_WAY])
 
 
+@pytest.mark.slow  # of a busy machine a window may still say too much or too little
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_full_link_passes_the_rate_of_a_made_trace_in_every_window(kind: str) -> None:
     await check(windows, [made_trace(kind)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(REAL[0], marks=late_turn), *REAL[1:]])
 async def test_a_full_link_passes_the_rate_of_a_real_trace_in_every_window(name: str) -> None:
     await check(windows, [real_trace(name)])
