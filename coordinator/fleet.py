@@ -109,15 +109,12 @@ def apply(fleet: Fleet, event: Presence | Telemetry, now_s: float) -> Fleet:
 
 def expire(fleet: Fleet, now_s: float, forget_s: float = FORGET_S) -> Fleet:
     """Clears what has gone stale: the duplicate mark of a rival that fell silent, agents unheard for forget_s."""
-    return Fleet(
-        MappingProxyType(
-            {
-                agent: _mark_duplicate(state, now_s)
-                for agent, state in fleet.agents.items()
-                if now_s - state.last_seen_s <= forget_s
-            }
-        )
-    )
+    agents = {
+        agent: _mark_duplicate(state, now_s)
+        for agent, state in fleet.agents.items()
+        if now_s - state.last_seen_s <= forget_s
+    }
+    return Fleet(MappingProxyType(agents))
 
 
 def _on_presence(state: AgentState | None, event: Presence, now_s: float) -> AgentState:
@@ -170,7 +167,8 @@ def _mark_duplicate(state: AgentState, now_s: float) -> AgentState:
         and rival.signs >= SIGNS_OF_LIFE
         and max(now_s - rival.heard_s, now_s - state.last_seen_s) <= DUPLICATE_WINDOW_S
     )
-    return replace(state, duplicate=(state.instance, rival.instance) if rival and both_live else None)
+    duplicate = (state.instance, rival.instance) if rival and both_live else None
+    return state if duplicate == state.duplicate else replace(state, duplicate=duplicate)
 
 
 def resolve_source(fleet: Fleet, source: str, now_s: float, expiry_s: float = EXPIRY_S) -> tuple[str, ContextInfo]:

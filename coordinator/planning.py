@@ -87,12 +87,14 @@ def plan_round(
         receiver_instance=receiver.instance,
         plan=plan,
         sources=tuple(local[source] if source in local else next(links) for source in ask.sources),
-        holders={
-            link.context_id: text_holders(
-                link.context_id, fleet, texts, receiver=ask.receiver, now_s=now_s, expiry_s=expiry_s
-            )
-            for link in (plan.links if plan else ())
-        },
+        holders=text_holders(
+            [link.context_id for link in plan.links] if plan else [],
+            fleet,
+            texts,
+            receiver=ask.receiver,
+            now_s=now_s,
+            expiry_s=expiry_s,
+        ),
         rule=Rule(factor=settings.planning.revise_factor, interval_s=settings.planning.revise_interval_s),
         factors=factors,
         overhead_s=overheads_s.get(ask.receiver, 0.0),
@@ -131,16 +133,15 @@ def airtime_free(
 
 
 def text_holders(
-    context_id: str, fleet: Fleet, texts: Texts, *, receiver: str, now_s: float, expiry_s: float
-) -> tuple[str, ...]:
-    """Who can give a context's text if its transfer fails: the coordinator first, then agents that are online."""
-    kept = (COORDINATOR,) if texts.find(fleet, context_id) is not None else ()
-    agents = tuple(
-        agent
-        for agent, state in sorted(fleet.agents.items())
-        if agent != receiver
-        and fleet.online(agent, now_s, expiry_s)
-        and state.telemetry
-        and any(context.context_id == context_id for context in state.telemetry.contexts)
-    )
-    return (kept + agents)[:HOLDERS]
+    context_ids: Collection[str], fleet: Fleet, texts: Texts, *, receiver: str, now_s: float, expiry_s: float
+) -> dict[str, tuple[str, ...]]:
+    """By context, who can give its text if its transfer fails: the coordinator first, then agents that are online."""
+    holders = {each: [COORDINATOR] if texts.find(fleet, each) is not None else [] for each in context_ids}
+    for agent, state in sorted(fleet.agents.items()) if holders else ():
+        for context in state.telemetry.contexts if state.telemetry else ():
+            found = holders.get(context.context_id)
+            if found is None or len(found) == HOLDERS or found[-1:] == [agent] or agent == receiver:
+                continue
+            if fleet.online(agent, now_s, expiry_s):
+                found.append(agent)
+    return {context_id: tuple(found) for context_id, found in holders.items()}

@@ -9,8 +9,6 @@ from collections.abc import Callable
 
 from scripts.link.bucket import Bucket
 
-_BITS = 8
-
 RECEIVE_BUFFER_BYTES = 4_096
 """Small, so that a sender meets TCP's backpressure at once and can't take the kernel's memory for the link's speed."""
 
@@ -19,8 +17,9 @@ SEND_BUFFER_BYTES = 32_768
 SEGMENT_BYTES = 1_448
 """As on a real network. With loopback's own 64 KiB segments the sender's kernel swallows megabytes at once."""
 
-_LINE_SLACK_BYTES = 32_768
-_LINE_SLACK_S = 0.02
+_LATE_BYTES = 32_768
+_LATE_S = 0.02
+"""A target that takes no bytes for longer, with more than that much on its way, stops the sender."""
 
 
 def shape_socket(sock: socket.socket) -> None:
@@ -35,22 +34,23 @@ def shape_socket(sock: socket.socket) -> None:
 class DelayLine:
     """Holds bytes for the time a signal takes along the link, in order.
 
-    It has room for what is on its way at the rate of the bucket, plus a little; so it costs no throughput, and a
-    receiver that does not read stops the sender all the same. One task puts, one takes.
+    It has room for whatever is on its way, at any rate that it was sent at; only what should have left it by now fills
+    it. So it costs no throughput, and a receiver that does not read stops the sender all the same. One task puts, one
+    takes.
     """
 
-    def __init__(self, bucket: Bucket, delay_s: Callable[[], float]) -> None:
-        self._bucket, self._delay_s = bucket, delay_s
+    def __init__(self, delay_s: Callable[[], float]) -> None:
+        self._delay_s = delay_s
         self._line: deque[tuple[float, bytes]] = deque()
         self._held_bytes = 0
         self._arrived, self._left = asyncio.Event(), asyncio.Event()
 
     async def put(self, data: bytes) -> None:
-        """Send bytes on their way; empty means the end. Waits while the line is full."""
-        while self._held_bytes > self._room_bytes():
+        """Send bytes on their way; empty means the end. Waits while too much has not been taken in time."""
+        due_s = asyncio.get_running_loop().time() + self._delay_s()
+        while self._is_full():
             self._left.clear()
             await self._left.wait()
-        due_s = asyncio.get_running_loop().time() + self._delay_s()
         self._line.append((due_s, data))
         self._held_bytes += len(data)
         self._arrived.set()
@@ -75,8 +75,10 @@ class DelayLine:
         self._held_bytes -= len(data)
         return data
 
-    def _room_bytes(self) -> float:
-        return _LINE_SLACK_BYTES + self._bucket.rate_bps / _BITS * (self._delay_s() + _LINE_SLACK_S)
+    def _is_full(self) -> bool:
+        if self._held_bytes <= _LATE_BYTES:
+            return False
+        return asyncio.get_running_loop().time() > self._line[0][0] + _LATE_S
 
 
 class Pump:
@@ -94,7 +96,7 @@ class Pump:
         """passed is told the number of bytes that were handed to the target."""
         self._source, self._target = source, target
         self._bucket, self._passed = bucket, passed
-        self._line = DelayLine(bucket, delay_s)
+        self._line = DelayLine(delay_s)
 
     async def run(self) -> None:
         """Until the source has ended and all its bytes are delivered. Raises OSError if either side breaks."""

@@ -242,7 +242,10 @@ def test_what_is_free_is_always_a_share(count: int) -> None:
 
 
 def holders(known: Fleet, wanted: ContextInfo, texts: Texts | None = None, now_s: float = 1.0) -> tuple[str, ...]:
-    return text_holders(wanted.context_id, known, texts or Texts(), receiver="jetson-1", now_s=now_s, expiry_s=EXPIRY_S)
+    holders = text_holders(
+        [wanted.context_id], known, texts or Texts(), receiver="jetson-1", now_s=now_s, expiry_s=EXPIRY_S
+    )
+    return holders[wanted.context_id]
 
 
 def test_the_coordinator_is_asked_for_a_text_first_then_agents_that_are_there_but_never_the_receiver() -> None:

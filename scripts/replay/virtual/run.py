@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -57,6 +58,8 @@ from scripts.traces import Trace
 CLIENT = "asker"
 LOOKS = 256
 """Turns of the loop between two looks at what is outside: only Ctrl-C may come from there."""
+COLLECTED_AFTER = 100_000
+"""New objects between two searches for garbage in cycles, of which a run makes little: a fleet is much to search."""
 BEGAN_S = 1.7e9
 """Of recordings: every run begins at the same moment, or no two of them were alike."""
 
@@ -88,7 +91,7 @@ def run(terms: Terms, hear: Callable[[float], None] = lambda _: None) -> Result:
     place = replace(terms.place, setting=setting)
     asked = schedule(place, groups, terms.seed)
     dice = random.Random(f"{terms.seed} ids")
-    with TemporaryDirectory() as folder, ids_from(dice.randbytes):
+    with TemporaryDirectory() as folder, ids_from(dice.randbytes), _seldom_collected():
         stage = _Stage(terms, place, asked, Path(folder), hear)
         run_virtual(stage.play(), limit_s=None, looks=LOOKS)
     return Result(
@@ -330,6 +333,16 @@ def _signal(rate: Trace | float) -> Callable[[], float | None]:
         return rate.at(asyncio.get_running_loop().time()).rssi_dbm if isinstance(rate, Trace) else None
 
     return dbm
+
+
+@contextmanager
+def _seldom_collected() -> Iterator[None]:
+    before = gc.get_threshold()
+    gc.set_threshold(COLLECTED_AFTER, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 async def _cancel(tasks: Sequence[asyncio.Future[Any]]) -> None:

@@ -59,6 +59,7 @@ class VirtualStore:
         self._held: dict[str, Context] = {}
         self._rungs: OrderedDict[str, str] = OrderedDict()
         """Of the caches that are kept, the longest unused first."""
+        self._cache_bytes = 0
         self._infos: dict[tuple[str, str | None], ContextInfo] = {}
         self._sizes: dict[tuple[int, str], int] = {}
         self._pins: Counter[str] = Counter()
@@ -67,7 +68,7 @@ class VirtualStore:
     @property
     def cache_bytes(self) -> int:
         """What caches take."""
-        return sum(map(self._size, self._rungs))
+        return self._cache_bytes
 
     @property
     def memory(self) -> Memory:
@@ -130,7 +131,7 @@ class VirtualStore:
                     kept = rung
             await self.relieve(size(kept), context_id, at_once=at_once)
             if size(kept) <= self._room(context_id):
-                self._rungs[context_id] = kept
+                self._keep(context_id, kept)
                 self._rungs.move_to_end(context_id)
 
     @property
@@ -168,10 +169,15 @@ class VirtualStore:
         if step.rung is not None and not at_once:
             await self._recode(self._held[step.context_id].tokens, step.rung, kept)
         if self._rungs.get(step.context_id) == kept and not self._pins[step.context_id]:
-            if step.rung is None:
-                del self._rungs[step.context_id]
-            else:
-                self._rungs[step.context_id] = step.rung
+            self._keep(step.context_id, step.rung)
+
+    def _keep(self, context_id: str, rung: str | None) -> None:
+        """Its cache at this rung; None: no more."""
+        if rung is None:
+            del self._rungs[context_id]
+        else:
+            self._rungs[context_id] = rung
+        self._cache_bytes = sum(map(self._size, self._rungs))
 
     @contextmanager
     def pinned(self, context_id: str) -> Iterator[None]:
