@@ -8,18 +8,18 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Literal
 
 from broker_config import topics
 from broker_config.bus import Bus
 from broker_config.errors import BusError
-from broker_config.messages import AnswerOrder, AnswerOutcome, AnswerPiece
+from broker_config.messages import AnswerOrder, AnswerPiece
+from edge_agent.answer import Answer, to_its_end
 from edge_agent.engine import Engine
-from edge_agent.errors import AgentError, ContextTooLong
+from edge_agent.errors import ContextTooLong
 from edge_agent.facts import merged, summary
 from edge_agent.parts import Parts, Progress
 from edge_agent.precedence import Precedence
-from edge_agent.tasks import gather_or_cancel, last_words
+from edge_agent.tasks import gather_or_cancel
 
 log = logging.getLogger(__name__)
 
@@ -32,22 +32,10 @@ class Answering:
 
     async def carry_out(self, order: AnswerOrder) -> None:
         """Answer and report how it ended."""
-        answer = _Answer(order)
-        try:
-            async with asyncio.timeout(order.expires_s):
-                await self._answer(answer)
-            answer.state = "answered"
-        except (AgentError, BusError) as error:
-            answer.state, answer.reason = "failed", str(error)
-        except TimeoutError:
-            answer.state, answer.reason = "expired", f"not answered within {order.expires_s:g} s"
-        except asyncio.CancelledError:
-            answer.state, answer.reason = "cancelled", "cancelled by order"
-            await last_words(self._report(answer))
-            raise
-        await self._report(answer)
+        answer = Answer(order)
+        await to_its_end(answer, self._answer(answer), self._report)
 
-    async def _answer(self, answer: _Answer) -> None:
+    async def _answer(self, answer: Answer) -> None:
         order = answer.order
         question_ids = self._engine.text.question_ids(order.question)
         self._check_room(order, len(question_ids))
@@ -74,8 +62,7 @@ class Answering:
             logits, answer.question_s = await self._engine.first_token(live, question_ids)
             async for token, text, so_far in self._engine.generate(live, logits, max_new_tokens=order.max_new_tokens):
                 pieces.put_nowait((text, token))
-                answer.first_token_s = answer.first_token_s or time.perf_counter() - answer.start
-                answer.answer, answer.tokens = so_far.answer, len(so_far.ids)
+                answer.said(so_far.answer, len(so_far.ids))
 
     def _check_room(self, order: AnswerOrder, question_tokens: int) -> None:
         manifest = self._engine.model.manifest
@@ -119,43 +106,10 @@ class Answering:
             except BusError as error:
                 log.warning("a piece of the answer to %s was not published: %s", order.request, error)
 
-    async def _report(self, answer: _Answer) -> None:
+    async def _report(self, answer: Answer) -> None:
         outcome = answer.outcome(self._agent)
         log.info("answer %s: %s %s", outcome.request, outcome.state, outcome.reason or repr(outcome.answer))
         try:
             await self._control.publish(topics.OUTCOMES, outcome, agent=self._agent)
         except BusError as error:
             log.error("outcome of %s could not be reported: %s", outcome.request, error)
-
-
-class _Answer:
-    """What is known of one question while it is answered."""
-
-    def __init__(self, order: AnswerOrder) -> None:
-        self.order = order
-        self.start = time.perf_counter()
-        self.progress: list[Progress] = []
-        self.state: Literal["answered", "failed", "cancelled", "expired"] = "failed"
-        self.reason = ""
-        self.answer = ""
-        self.tokens = 0
-        self.context_tokens = 0
-        self.queued_s = 0.0
-        self.question_s = 0.0
-        self.first_token_s = 0.0
-
-    def outcome(self, agent: str) -> AnswerOutcome:
-        return AnswerOutcome(
-            request=self.order.request,
-            agent=agent,
-            state=self.state,
-            answer=self.answer,
-            answer_tokens=self.tokens,
-            context_tokens=self.context_tokens,
-            parts=tuple(progress.outcome() for progress in self.progress),
-            queued_s=self.queued_s,
-            question_s=self.question_s,
-            first_token_s=self.first_token_s,
-            total_s=time.perf_counter() - self.start,
-            reason=self.reason[:1024],
-        )

@@ -71,7 +71,7 @@ class Paired(Struct, frozen=True, kw_only=True):
     """The same questions under two.
 
     difference_s: mean in seconds, second less first; ratio: of the means; each with its 95 % interval by bootstrap over
-    questions.
+    runs, and over the questions of each.
     """
 
     name: str
@@ -117,23 +117,21 @@ def compared(name: str, results: Sequence[Result], ours: str = "optimum") -> Com
     )
 
 
-def paired(name: str, first: Sequence[QuestionResult], second: Sequence[QuestionResult]) -> Paired | None:
-    """Of questions that both answered; None without any."""
-    pairs = [
-        (one.e2e_s, other.e2e_s)
-        for one, other in zip(first, second, strict=True)
-        if one.e2e_s is not None and other.e2e_s is not None
+def paired(name: str, runs: Iterable[Iterable[tuple[QuestionResult, QuestionResult]]]) -> Paired | None:
+    """Of questions that both answered, as they came in each run; None without any."""
+    answered = [
+        [(one.e2e_s, other.e2e_s) for one, other in pairs if one.e2e_s is not None and other.e2e_s is not None]
+        for pairs in runs
     ]
-    if not pairs:
+    values = [np.array(pairs, dtype=np.float64) for pairs in answered if pairs]
+    if not values:
         return None
-    values = np.array(pairs, dtype=np.float64)
-    dice = np.random.default_rng(SEED)
-    means = np.array([values[dice.integers(len(values), size=len(values))].mean(axis=0) for _ in range(RESAMPLES)])
+    means = _resampled_means(values)
     differences, ratios = means[:, 1] - means[:, 0], means[:, 1] / np.maximum(means[:, 0], 1e-9)
-    one_s, other_s = values.mean(axis=0).tolist()
+    one_s, other_s = np.concatenate(values).mean(axis=0).tolist()
     return Paired(
         name=name,
-        questions=len(pairs),
+        questions=sum(map(len, values)),
         first_s=one_s,
         second_s=other_s,
         difference_s=(other_s - one_s, *_interval(differences)),
@@ -151,8 +149,7 @@ def replays_compared(first: Sequence[Result], second: Sequence[Result]) -> tuple
     ]
     found = []
     for policy in ("all", *dict.fromkeys(result.policy for _, result in both)):
-        pairs = [pair for one, other in both if policy in {"all", other.policy} for pair in _same(one, other)]
-        each = paired(policy, [one for one, _ in pairs], [other for _, other in pairs])
+        each = paired(policy, (_same(one, other) for one, other in both if policy in {"all", other.policy}))
         if each is not None:
             found.append(each)
     return tuple(found)
@@ -244,6 +241,19 @@ def _figures(policy: str, questions: Sequence[QuestionResult], lost_s: float) ->
         kl=float(np.mean(losses)) if losses else 0.0,
         media=(media.count("tokens"), media.count("cache"), media.count("split")),
     )
+
+
+def _resampled_means(runs: Sequence[Floats]) -> Floats:
+    """(RESAMPLES, 2): runs are drawn anew with replacement, and in each of them its questions, which have one link and
+    one fleet and are no independent witnesses.
+    """
+    dice = np.random.default_rng(SEED)
+    sums = np.stack([run[dice.integers(len(run), size=(RESAMPLES, len(run)))].sum(axis=1) for run in runs])
+    counts = np.array([len(run) for run in runs])
+    drawn = dice.integers(len(runs), size=(RESAMPLES, len(runs)))
+    rows = dice.integers(RESAMPLES, size=drawn.shape)
+    means: Floats = sums[drawn, rows].sum(axis=1) / counts[drawn].sum(axis=1)[:, None]
+    return means
 
 
 def _interval(values: Floats) -> tuple[float, float]:

@@ -58,6 +58,7 @@ class Flow:
         self._moved_bits = self._given_bits = 0.0
         self._at_s = network.now_s
         self._marks: list[tuple[float, asyncio.Future[None]]] = []
+        self._finishing = False
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -95,6 +96,12 @@ class Flow:
         self._wake()
         await future
 
+    def finish(self) -> None:
+        """No more will be added: it ends when all that was given has moved, whoever waits for it or not."""
+        self._finishing = True
+        if self.waits:
+            self.end()
+
     def end(self) -> None:
         """It takes nothing of its channels any more; those who wait for it wait for ever, unless they are cancelled."""
         self._settle()
@@ -131,6 +138,9 @@ class Flow:
     def _arrived(self, bits: float) -> None:
         self._timer = None
         self._moved_bits, self._at_s = max(min(bits, self._given_bits), self.moved_bits), self._network.now_s
+        if self.waits and self._finishing:
+            self.end()
+            return
         if self.waits:
             self._network.changed(self.ways)
         self._wake()

@@ -98,11 +98,22 @@ def test_groups_keep_their_order_and_leave_failed_runs_out() -> None:
 def test_pairs_have_intervals_that_hold_the_difference() -> None:
     first = [question(n, 2.0 + 0.1 * n) for n in range(30)]
     second = [question(n, 1.0 + 0.1 * n) for n in range(30)]
-    found = paired("x", first, second)
+    found = paired("x", [zip(first, second, strict=True)])
     assert found is not None
     assert found.difference_s == pytest.approx((-1.0, -1.0, -1.0))
     assert found.ratio[1] < found.ratio[0] < found.ratio[2] < 1
-    assert paired("x", [question(0, None)], [question(0, 1.0)]) is None
+    assert paired("x", [[(question(0, None), question(0, 1.0))]]) is None
+
+
+def test_a_difference_that_scatters_by_run_is_as_uncertain_as_runs_are_few() -> None:
+    gains = [0.1, 0.9] * 3
+    runs = [[(question(n, 2.0), question(n, 2.0 - gain)) for n in range(200)] for gain in gains]
+    by_run, at_once = paired("x", runs), paired("x", [[pair for run in runs for pair in run]])
+    assert by_run is not None
+    assert at_once is not None
+    assert by_run.difference_s[0] == at_once.difference_s[0] == pytest.approx(-0.5)
+    assert at_once.difference_s[2] - at_once.difference_s[1] < 0.06
+    assert by_run.difference_s[2] - by_run.difference_s[1] > 0.5
 
 
 def test_two_replays_are_compared_run_by_run() -> None:

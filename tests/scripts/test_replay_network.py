@@ -127,6 +127,27 @@ def test_a_flow_waits_for_what_is_not_there_yet_and_gives_its_share_meanwhile() 
     play(story)
 
 
+def test_a_flow_that_finishes_takes_its_share_until_what_was_given_has_moved() -> None:
+    async def story() -> None:
+        network = Network({"up": 2 * MBIT})
+        left, other = network.flow(["up"]), network.flow(["up"])
+        other.add(100 * MBIT)
+        left.add(1 * MBIT)
+        await asyncio.sleep(0.5)
+        left.finish()
+        assert left.rate_bps == other.rate_bps == 1 * MBIT
+        await asyncio.sleep(0.6)
+        assert left.moved_bits == pytest.approx(1 * MBIT)
+        assert other.rate_bps == 2 * MBIT
+        assert list(network.channels["up"].flows) == [other]
+        other.end()
+        idle = network.flow(["up"])
+        idle.finish()
+        assert not network.channels["up"].flows
+
+    play(story)
+
+
 def test_an_outage_holds_what_is_on_its_way_and_everybody_near_it_gains() -> None:
     async def story() -> None:
         network = Network({"a": trace([1 * MBIT, 0, 1 * MBIT]), "b": 9 * MBIT, "down": 2 * MBIT})

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from broker_config import topics
 from broker_config.bus import Bus
@@ -14,11 +14,11 @@ from broker_config.errors import BusError, TransferError
 from broker_config.messages import (
     FROM_IDS,
     AnswerOrder,
-    AnswerOutcome,
     AnswerPiece,
     SendOrder,
     new_id,
 )
+from edge_agent.answer import Answer, to_its_end
 from edge_agent.errors import AgentError, ContextTooLong, PartFailed
 from edge_agent.flow import Flow as Seen
 from edge_agent.link_quality import LinkMeter
@@ -26,7 +26,7 @@ from edge_agent.meeting import Bid, Meeting
 from edge_agent.memory.shelf import EXACT
 from edge_agent.parts import Progress
 from edge_agent.precedence import Precedence, Seat
-from edge_agent.tasks import gather_or_cancel, last_words
+from edge_agent.tasks import gather_or_cancel
 from scripts.replay.virtual.engine import Entries, Live, VirtualEngine
 from scripts.replay.virtual.fleet import Neighbours
 from scripts.replay.virtual.store import VirtualStore
@@ -60,22 +60,10 @@ class VirtualAnswering:
 
     async def carry_out(self, order: AnswerOrder) -> None:
         """Answer and report how it ended."""
-        answer = _Answer(order)
-        try:
-            async with asyncio.timeout(order.expires_s):
-                await self._answer(answer)
-            answer.state = "answered"
-        except (AgentError, BusError) as error:
-            answer.state, answer.reason = "failed", str(error)
-        except TimeoutError:
-            answer.state, answer.reason = "expired", f"not answered within {order.expires_s:g} s"
-        except asyncio.CancelledError:
-            answer.state, answer.reason = "cancelled", "cancelled by order"
-            await last_words(self._report(answer))
-            raise
-        await self._report(answer)
+        answer = Answer(order, asyncio.get_running_loop().time)
+        await to_its_end(answer, self._answer(answer), self._report)
 
-    async def _answer(self, answer: _Answer) -> None:
+    async def _answer(self, answer: Answer) -> None:
         order, clock = answer.order, asyncio.get_running_loop().time
         tokens = self._question_tokens(order.question)
         room = self._neighbours.model.window_tokens - tokens - order.max_new_tokens
@@ -95,11 +83,11 @@ class VirtualAnswering:
         async with self._engine.turns.turn(order.asker):
             answer.queued_s = clock() - waiting_s
             answer.question_s = await self._engine.first_token(live, tokens)
-            answer.first_token_s = clock() - answer.start_s
-            answer.tokens = min(order.max_new_tokens, self._answer_tokens)
+            new_tokens = min(order.max_new_tokens, self._answer_tokens)
+            answer.said("…", new_tokens)
             await self._say(order, 0, "…")
-            if answer.tokens > 1:
-                await self._engine.generate(answer.tokens - 1)
+            if new_tokens > 1:
+                await self._engine.generate(new_tokens - 1)
                 await self._say(order, 1, "…")
 
     async def _fetch(self, order: AnswerOrder, progress: Progress, seat: Seat) -> Fetched | Live:
@@ -209,7 +197,7 @@ class VirtualAnswering:
         piece = AnswerPiece(request=order.request, agent=self._agent, index=index, text=text)
         await self._control.publish(topics.ANSWERS, piece, agent=self._agent, request=order.request)
 
-    async def _report(self, answer: _Answer) -> None:
+    async def _report(self, answer: Answer) -> None:
         await self._control.publish(topics.OUTCOMES, answer.outcome(self._agent), agent=self._agent)
 
 
@@ -329,32 +317,3 @@ class VirtualReception:
     def _tell_sender(self) -> None:
         after_s = self._neighbours.after(self._sender, self._agent)
         asyncio.get_running_loop().call_later(after_s, self.transfer.tell_sender)
-
-
-class _Answer:
-    """What is known of one question while it is answered."""
-
-    def __init__(self, order: AnswerOrder) -> None:
-        self.order = order
-        self.start_s = asyncio.get_running_loop().time()
-        self.progress: list[Progress] = []
-        self.state: Literal["answered", "failed", "cancelled", "expired"] = "failed"
-        self.reason = ""
-        self.tokens = self.context_tokens = 0
-        self.queued_s = self.question_s = self.first_token_s = 0.0
-
-    def outcome(self, agent: str) -> AnswerOutcome:
-        return AnswerOutcome(
-            request=self.order.request,
-            agent=agent,
-            state=self.state,
-            answer="…" if self.tokens else "",
-            answer_tokens=self.tokens,
-            context_tokens=self.context_tokens,
-            parts=tuple(progress.outcome() for progress in self.progress),
-            queued_s=self.queued_s,
-            question_s=self.question_s,
-            first_token_s=self.first_token_s,
-            total_s=asyncio.get_running_loop().time() - self.start_s,
-            reason=self.reason[:1024],
-        )

@@ -23,7 +23,7 @@ from coordinator.journal import Journal
 from coordinator.learning import Learned
 from coordinator.policy import Policy
 from coordinator.recorder import Keeps, RecordedBus
-from coordinator.recording import Event, Recording, Session
+from coordinator.recording import Recording, Session
 from coordinator.service import Coordinator
 from scripts.replay.asks import Asked, Refusals, context_name, patiently, question_tokens, schedule
 from scripts.replay.clock import run_virtual
@@ -195,8 +195,8 @@ class _Stage:
         if self._terms.timelines:
             self.seconds = Seconds(self._true_mbps)
             keepers.append(self.seconds)
-        if keepers:
-            recorded = RecordedBus(bus, _All(keepers))
+        for keeper in keepers:
+            recorded = RecordedBus(bus, keeper)
             stack.callback(recorded.close)
             bus = recorded
         journal = Journal(self._folder / "rounds.jsonl")
@@ -301,21 +301,6 @@ class VirtualAsker:
             waiting = self._waiting.get(request)
             if waiting is not None and not waiting.done():
                 waiting.set_result(event)
-
-
-@dataclass(frozen=True)
-class _All:
-    """Several keepers as one."""
-
-    keepers: Sequence[Keeps]
-
-    def add(self, event: Event) -> None:
-        for keeper in self.keepers:
-            keeper.add(event)
-
-    def close(self) -> None:
-        for keeper in self.keepers:
-            keeper.close()
 
 
 def _delay(rate: Trace | float, otherwise_s: float) -> Callable[[], float]:

@@ -21,7 +21,7 @@ LEAST_IN_WINDOW = 2
 REMEMBERED = 4_096
 """Transfers, far more than are under way at once."""
 LONGEST_HOP_S = 1.0
-"""What one chunk takes from the broker on is counted up to here: an outage holds the flow itself."""
+"""What one chunk takes by itself is counted up to here: an outage holds the flow itself."""
 
 FAILURES: dict[EndState, type[TransferError]] = {
     "refused": TransferRefused,
@@ -169,17 +169,23 @@ class Outward:
         """
         loop = asyncio.get_running_loop()
         mover = asyncio.create_task(self._move(), name=f"transfer {self._transfer.transfer}")
+        giver = asyncio.create_task(self._give_all(pieces), name=f"pieces of {self._transfer.transfer}")
+        giver.add_done_callback(lambda _: self._news.set())
         try:
-            async for piece, last in pieces:
-                if self._ended:
-                    break
-                await self._give(piece, last=last)
             while not self._ended:
+                if giver.done():
+                    giver.result()
                 await self._wait()
         finally:
-            mover.cancel()
-            await asyncio.wait({mover})
-            self._flow.end()
+            for task in (mover, giver):
+                task.cancel()
+            await asyncio.wait({mover, giver})
+            if not giver.cancelled():
+                giver.exception()  # of pieces that nobody waits for any more
+            if self.pace_bps is None:
+                self._flow.finish()  # what the connection has taken goes its way
+            else:
+                self._flow.end()  # it was held back for its turn
             for step in self._steps:
                 step.cancel()
         if self._transfer.told and self._transfer.failed:
@@ -195,6 +201,12 @@ class Outward:
     @property
     def _ended(self) -> bool:
         return self._done or self._transfer.told
+
+    async def _give_all(self, pieces: AsyncIterator[tuple[Piece, bool]]) -> None:
+        async for piece, last in pieces:
+            await self._give(piece, last=last)
+            if self._ended:
+                break
 
     async def _give(self, piece: Piece, *, last: bool) -> None:
         for nbytes, whole in _cut(piece.nbytes, self._chunk_bytes):
@@ -219,16 +231,22 @@ class Outward:
         await self._news.wait()
 
     async def _move(self) -> None:
-        """Each chunk arrives when its last bit has passed both links, from the broker on once more by itself."""
+        """Each chunk arrives when its last bit has passed both links, and once more the faster of them by itself: the
+        broker passes on what it has whole.
+        """
         loop = asyncio.get_running_loop()
         while True:
             mark_bits, nbytes, piece, last = await self._queue.get()
             await self._flow.moved(mark_bits)
-            hop_bps = min(self._network.channels[name].bps(loop.time()) for name in self._receiver.down)
+            hop_bps = max(self._alone_bps(self._sender.up), self._alone_bps(self._receiver.down))
             hop_s = min(8.0 * nbytes / hop_bps, LONGEST_HOP_S) if hop_bps > 0 else LONGEST_HOP_S
             there_s = loop.time() + hop_s + self._sender.delay_s() + self._receiver.delay_s()
             self._last_s = after_last(self._last_s, there_s)
             loop.call_at(self._last_s, self._arrived, nbytes, piece, last)
+
+    def _alone_bps(self, passes: Sequence[str]) -> float:
+        now_s = asyncio.get_running_loop().time()
+        return min(self._network.channels[name].bps(now_s) for name in passes)
 
     def _arrived(self, nbytes: int, piece: Piece | None, last: bool) -> None:
         loop = asyncio.get_running_loop()
