@@ -134,16 +134,17 @@ class Flow:
             next_bits = min([*ahead, self._given_bits])
             in_s = max(next_bits - moved_bits, 0.0) / self.rate_bps
             self._timer = asyncio.get_running_loop().call_later(in_s, self._arrived, next_bits)
+        elif self._finishing and self.waits:
+            asyncio.get_running_loop().call_soon(self.end)
 
     def _arrived(self, bits: float) -> None:
         self._timer = None
         self._moved_bits, self._at_s = max(min(bits, self._given_bits), self.moved_bits), self._network.now_s
-        if self.waits and self._finishing:
-            self.end()
-            return
-        if self.waits:
+        if self.waits and not self._finishing:
             self._network.changed(self.ways)
         self._wake()
+        if self.waits and self._finishing:
+            self.end()
 
 
 class Network:

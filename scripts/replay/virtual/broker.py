@@ -16,13 +16,16 @@ from typing import Any, TypeVar
 
 from broker_config import topics
 from broker_config.bus import Handler, Subscription
+from broker_config.errors import PublishTimeout
 from broker_config.messages import Probe, Telemetry
+from broker_config.settings import BrokerSettings
 from broker_config.topics import Topic
 from broker_config.wire import pack
 from scripts.replay.network import Network
 
 M = TypeVar("M")
 
+PUBLISH_TIMEOUT_S = BrokerSettings().publish_timeout_s
 ENVELOPE_BYTES = 100
 """Topic, MQTT's header and TCP's of one message."""
 
@@ -159,14 +162,18 @@ class ProbeBus:
         return self._site
 
     async def publish(self, topic: Topic[M], message: M, **parameters: str) -> None:
-        """Until the broker has acknowledged it."""
+        """Until the broker has acknowledged it. Raises PublishTimeout."""
         assert isinstance(message, Probe)  # noqa: S101  nothing else goes here
         access, loop = self._access, asyncio.get_running_loop()
         bits, back = 8.0 * (len(message.padding) + ENVELOPE_BYTES), topic is topics.PROBES
         up_s = access.network.alone_s(access.up, bits)
         down_s = access.network.alone_s(access.down, bits) if back else None
         if up_s is None:
-            await access.network.carry(access.up, bits)
+            try:
+                async with asyncio.timeout(PUBLISH_TIMEOUT_S):
+                    await access.network.carry(access.up, bits)
+            except TimeoutError:
+                raise PublishTimeout(topic.at(site=self._site, **parameters), PUBLISH_TIMEOUT_S) from None
         elif back and down_s is not None:  # both ways are free: no need to look again on the way
             loop.call_later(up_s + down_s + 2 * access.delay_s(), self._came_back, message, parameters)
             back = False
