@@ -317,20 +317,20 @@ class Coordinator:
     def _heard(self, event: Presence | Telemetry, topic: Mapping[str, str]) -> None:
         if not _is_own(event, topic):
             return
-        before = self._fleet.agents.get(event.agent)
-        self._fleet = apply(self._fleet, event, _now_s())
+        before, now_s = self._fleet.agents.get(event.agent), _now_s()
+        self._fleet = apply(self._fleet, event, now_s)
         after = self._fleet.agents[event.agent]
         if after.duplicate and not (before and before.duplicate):
             log.error("two agents with one id", agent=event.agent, instances=after.duplicate)
         if isinstance(event, Presence):
             log.info("presence", agent=event.agent, state=event.state)
         elif after.telemetry is event:  # not a rival's, and not overtaken on its way
-            self._revise(event)
+            self._revise(event, now_s)
 
-    def _revise(self, telemetry: Telemetry) -> None:
+    def _revise(self, telemetry: Telemetry, now_s: float) -> None:
         """Links may have changed so much that what is under way needs other shares."""
         rounds = [round_ for round_ in self._rounds.values() if not round_.done.is_set()]
-        for agent, order in revise(telemetry, rounds, fleet=self._fleet, settings=self._settings, now_s=_now_s()):
+        for agent, order in revise(telemetry, rounds, fleet=self._fleet, settings=self._settings, now_s=now_s):
             log.info("share revised", request=order.request, agent=agent, rate_bps=order.rate_bps)
             self._spawn(publish_or_log(self._bus, topics.ORDERS, order, agent=agent), f"pace of {order.transfer}")
 

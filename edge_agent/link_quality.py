@@ -210,14 +210,12 @@ class _Median:
 
     def __init__(self) -> None:
         self._last: deque[float] = deque(maxlen=REMEMBERED_PROBES)
-
-    @property
-    def value(self) -> float | None:
-        return statistics.median_low(self._last) if self._last else None
+        self.value: float | None = None
 
     def add(self, measured: float) -> float:
         self._last.append(measured)
-        return statistics.median_low(self._last)
+        self.value = median = statistics.median_low(self._last)
+        return median
 
 
 def _raise_to(rate: _Median, wire_bytes: int, seconds: float) -> None:

@@ -55,7 +55,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return self._now_s
 
     def _advance(self, seconds: float) -> None:
-        self._now_s = max(self._now_s + max(seconds, 1e-9), math.nextafter(self._now_s, math.inf))
+        later_s = self._now_s + max(seconds, 1e-9)
+        self._now_s = later_s if later_s > self._now_s else math.nextafter(self._now_s, math.inf)
 
 
 def run_virtual(

@@ -12,6 +12,7 @@ import asyncio
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from scripts.traces import Trace
 
@@ -91,7 +92,7 @@ class Flow:
         """Until so many have moved in all, since it began."""
         if self.moved_bits >= bits - SLIGHTLY_BITS:
             return
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[None] = self._network.loop.create_future()
         self._marks.append((bits, future))
         self._wake()
         await future
@@ -133,9 +134,9 @@ class Flow:
             ahead = [bits for bits, _ in self._marks if bits <= self._given_bits + SLIGHTLY_BITS]
             next_bits = min([*ahead, self._given_bits])
             in_s = max(next_bits - moved_bits, 0.0) / self.rate_bps
-            self._timer = asyncio.get_running_loop().call_later(in_s, self._arrived, next_bits)
+            self._timer = self._network.loop.call_later(in_s, self._arrived, next_bits)
         elif self._finishing and self.waits:
-            asyncio.get_running_loop().call_soon(self.end)
+            self._network.loop.call_soon(self.end)
 
     def _arrived(self, bits: float) -> None:
         self._timer = None
@@ -157,10 +158,15 @@ class Network:
                 raise ValueError(f"channel {name} has a rate of {rate} bit/s")
         self.channels = {name: Channel(name, rate) for name, rate in rates.items()}
 
+    @cached_property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The one that it belongs to. Up to Python 3.11 asking for the running one is a system call each time."""
+        return asyncio.get_running_loop()
+
     @property
     def now_s(self) -> float:
         """The loop's clock."""
-        return asyncio.get_running_loop().time()
+        return self.loop.time()
 
     def flow(self, passes: Iterable[str], pace_bps: float = math.inf) -> Flow:
         """A flow that passes these channels (one twice if it is named twice), with nothing to move yet.
@@ -230,7 +236,7 @@ class Network:
             return
         next_s = channel.next_change_s(self.now_s)
         if next_s < math.inf:
-            channel.step = asyncio.get_running_loop().call_at(next_s, self._stepped, channel)
+            channel.step = self.loop.call_at(next_s, self._stepped, channel)
 
     def _stepped(self, channel: Channel) -> None:
         channel.step = None

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from scripts.traces.table import TIME, Row, read_table, write_table
 
 LARGEST_BPS = 1e15
 """As messages have it."""
+EDGE_S = 1e-7
+"""So near to a step rounding may say either."""
 _RANGES = {
     TIME: (0.0, math.inf),
     "bandwidth_bps": (0.0, LARGEST_BPS),
@@ -31,6 +33,17 @@ class Sample:
     loss: float | None = None
 
 
+@dataclass(slots=True)
+class _Place:
+    """Which sample is in force, in which lap, and between which times it surely is."""
+
+    lap: int = 0
+    at: int = 0
+    from_s: float = math.inf
+    until_s: float = -math.inf
+    next_change_s: float | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Trace:
     """Samples on a regular grid that starts at 0, at least one. After the end it starts again, or holds the last.
@@ -42,6 +55,7 @@ class Trace:
     step_s: float
     loop: bool = True
     from_s: float = 0.0
+    _last: _Place = field(default_factory=_Place, init=False, repr=False, compare=False)
 
     @property
     def duration_s(self) -> float:
@@ -52,19 +66,36 @@ class Trace:
         """The sample in force at a time. Raises ValueError if it is negative or not finite."""
         if not math.isfinite(time_s) or time_s < 0:
             raise ValueError(f"a trace has no time {time_s} s")
-        return self.samples[self._place(time_s)[1]]
+        return self.samples[self._place(time_s).at]
 
     def next_change_s(self, time_s: float) -> float:
         """When the rate is another than at a time; infinite if it stays."""
-        lap, at = self._place(time_s)
-        count = len(self.samples)
+        place = self._place(time_s)
+        if place.next_change_s is None:
+            place.next_change_s = self._next_change_s(place)
+        return place.next_change_s
+
+    def _next_change_s(self, place: _Place) -> float:
+        count, at = len(self.samples), place.at
         for index in range(at + 1, at + count if self.loop else count):
             if self.samples[index % count].bandwidth_bps != self.samples[at].bandwidth_bps:
-                begin_s = (lap + index // count) * self.duration_s + self.samples[index % count].time_s
+                begin_s = (place.lap + index // count) * self.duration_s + self.samples[index % count].time_s
                 return begin_s - self.from_s
         return math.inf
 
-    def _place(self, time_s: float) -> tuple[int, int]:
+    def _place(self, time_s: float) -> _Place:
+        """Where a time is; mostly where the one before it was."""
+        last = self._last
+        if not last.from_s <= time_s < last.until_s:
+            last.lap, last.at = lap, at = self._found(time_s)
+            lap_s, ends = lap * self.duration_s - self.from_s, at + 1 == len(self.samples)
+            until_s = self.duration_s if ends else self.samples[at + 1].time_s
+            last.from_s = lap_s + self.samples[at].time_s + EDGE_S
+            last.until_s = math.inf if ends and not self.loop else lap_s + until_s - EDGE_S
+            last.next_change_s = None
+        return last
+
+    def _found(self, time_s: float) -> tuple[int, int]:
         """How often it has begun anew, and which sample is in force."""
         samples, time_s = self.samples, time_s + self.from_s
         lap, within_s = divmod(time_s, self.duration_s) if self.loop else (0, time_s)
@@ -77,7 +108,7 @@ class Trace:
 
     def steps(self) -> Iterator[tuple[float, Sample]]:
         """Every sample with the time it comes into force, the first at 0; without an end if the trace loops."""
-        lap, at = self._place(0.0)
+        lap, at = self._found(0.0)
         while True:
             for sample in self.samples[at:]:
                 yield max(0.0, lap * self.duration_s + sample.time_s - self.from_s), sample

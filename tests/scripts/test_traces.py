@@ -300,3 +300,22 @@ def test_a_trace_from_another_moment_on_is_the_same_one_later(offset_s: float) -
     first = list(itertools.islice(late.steps(), 6))
     assert [at_s for at_s, _ in first] == pytest.approx([0, 1, 2, 3, 4, 5])
     assert [sample for _, sample in first] == [trace.at(steps_s + i) for i in range(6)]
+
+
+@given(
+    rates=st.lists(st.sampled_from([1e6, 1e6, 2e6, 5e6]), min_size=1, max_size=8),
+    loop=st.booleans(),
+    from_steps=st.integers(0, 12),
+    times_s=st.lists(st.floats(0, 40) | st.integers(0, 160).map(lambda quarter: quarter / 4), min_size=1, max_size=30),
+)
+def test_what_a_trace_says_does_not_depend_on_what_it_was_asked_before(
+    rates: list[float], loop: bool, from_steps: int, times_s: list[float]
+) -> None:
+    step_s = 0.5
+    samples = tuple(Sample(index * step_s, rate) for index, rate in enumerate(rates))
+    asked = Trace(samples, step_s, loop, from_steps * step_s)
+    for at_s in times_s:
+        fresh = Trace(samples, step_s, loop, from_steps * step_s)
+        assert asked.at(at_s) is fresh.at(at_s)
+        assert asked.next_change_s(at_s) == fresh.next_change_s(at_s)
+        assert asked == fresh

@@ -58,7 +58,8 @@ class VirtualAgent:
         seed: int,
         on_fault: Callable[[BaseException], None],
     ) -> None:
-        clock = asyncio.get_running_loop().time
+        self._loop = asyncio.get_running_loop()
+        clock = self._loop.time
         model, access = neighbours.model, neighbours.access(name)
         self.name, self._control, self._neighbours, self._telemetry = name, control, neighbours, telemetry
         self._instance, self._sequence, self._began_s = new_id(), 0, clock()
@@ -132,7 +133,7 @@ class VirtualAgent:
 
     def _report(self) -> None:
         """Now, and again after the interval; when memory has filled, caches are tightened."""
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         telemetry = Telemetry(
             agent=self.name,
             instance=self._instance,

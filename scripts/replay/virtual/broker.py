@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from broker_config import topics
@@ -75,7 +75,7 @@ class Pipe:
         self._carrying = None
 
     def _arrive(self, after_s: float, deliver: Callable[[], None]) -> None:
-        loop = asyncio.get_running_loop()
+        loop = self._network.loop
         self._last_s = after_last(self._last_s, loop.time() + after_s + self._delay_s())
         loop.call_at(self._last_s, deliver)
 
@@ -87,6 +87,11 @@ class VirtualBroker:
     site: str
     _listening: dict[tuple[str, _Parameters], list[_Listener]] = field(default_factory=dict)
     _telemetry_bits: dict[tuple[int, int], float] = field(default_factory=dict)
+
+    @cached_property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The one that it belongs to."""
+        return asyncio.get_running_loop()
 
     def bus(self, access: Access | None = None) -> VirtualBus:
         """A client behind a link, or one beside the broker."""
@@ -104,7 +109,7 @@ class VirtualBroker:
             for listener in tuple(self._listening.get((topic.pattern, wanted), ())):
                 deliver = partial(listener.handler, message, parameters)
                 if listener.down is None:
-                    asyncio.get_running_loop().call_soon(deliver)
+                    self.loop.call_soon(deliver)
                 else:
                     listener.down.put(bits, deliver)
 
@@ -162,9 +167,9 @@ class ProbeBus:
         return self._site
 
     async def publish(self, topic: Topic[M], message: M, **parameters: str) -> None:
-        """Until the broker has acknowledged it. Raises PublishTimeout."""
+        """Until the broker has acknowledged it; one that comes back is awaited there. Raises PublishTimeout."""
         assert isinstance(message, Probe)  # noqa: S101  nothing else goes here
-        access, loop = self._access, asyncio.get_running_loop()
+        access, loop = self._access, self._access.network.loop
         bits, back = 8.0 * (len(message.padding) + ENVELOPE_BYTES), topic is topics.PROBES
         up_s = access.network.alone_s(access.up, bits)
         down_s = access.network.alone_s(access.down, bits) if back else None
@@ -176,7 +181,7 @@ class ProbeBus:
                 raise PublishTimeout(topic.at(site=self._site, **parameters), PUBLISH_TIMEOUT_S) from None
         elif back and down_s is not None:  # both ways are free: no need to look again on the way
             loop.call_later(up_s + down_s + 2 * access.delay_s(), self._came_back, message, parameters)
-            back = False
+            return
         if back:
             task = asyncio.create_task(self._return(up_s or 0.0, bits, message, parameters), name="a probe coming back")
             self._returning.add(task)

@@ -169,11 +169,11 @@ class _Stage:
                 rates[up] = rates[down] = link_of(self._place, agent, self._terms.trace, seed)
                 ways[agent.name] = (up,), (down,)
         network = Network(rates)
-        accesses = {}
+        accesses, clock = {}, network.loop.time
         for agent in setting.agents:
             up_, down_ = ways[agent.name]
             self._rates[agent.name] = rates[up_[0]]
-            delay_s = _delay(rates[up_[0]], agent.delay_ms / 1000)
+            delay_s = _delay(rates[up_[0]], agent.delay_ms / 1000, clock)
             accesses[agent.name] = Access(network=network, up=up_, down=down_, delay_s=delay_s)
         return accesses
 
@@ -223,7 +223,7 @@ class _Stage:
             others=memory_of(place, terms, seed),
             telemetry=setting.telemetry,
             start_s=setting.telemetry.interval_s * index / len(setting.agents),
-            signal=_signal(rate),
+            signal=_signal(rate, neighbours.access(terms.name).network.loop.time),
             question_tokens=question_tokens,
             answer_tokens=setting.answer_tokens,
             seed=seed,
@@ -303,19 +303,19 @@ class VirtualAsker:
                 waiting.set_result(event)
 
 
-def _delay(rate: Trace | float, otherwise_s: float) -> Callable[[], float]:
+def _delay(rate: Trace | float, otherwise_s: float, clock: Callable[[], float]) -> Callable[[], float]:
     """One way, now."""
 
     def delay_s() -> float:
-        rtt_s = rate.at(asyncio.get_running_loop().time()).rtt_s if isinstance(rate, Trace) else None
+        rtt_s = rate.at(clock()).rtt_s if isinstance(rate, Trace) else None
         return otherwise_s if rtt_s is None else rtt_s / 2
 
     return delay_s
 
 
-def _signal(rate: Trace | float) -> Callable[[], float | None]:
+def _signal(rate: Trace | float, clock: Callable[[], float]) -> Callable[[], float | None]:
     def dbm() -> float | None:
-        return rate.at(asyncio.get_running_loop().time()).rssi_dbm if isinstance(rate, Trace) else None
+        return rate.at(clock()).rssi_dbm if isinstance(rate, Trace) else None
 
     return dbm
 

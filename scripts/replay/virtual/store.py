@@ -18,7 +18,7 @@ from edge_agent.memory.budget import System
 from edge_agent.memory.relief import Item, Step, next_step
 from edge_agent.memory.shelf import EXACT
 from edge_agent.settings import MemorySettings
-from scripts.traces.memory import MemoryTrace
+from scripts.traces.memory import MemorySample, MemoryTrace
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,13 @@ class VirtualStore:
             share=settings.cache_budget_share,
             high=settings.high_watermark,
             low=settings.low_watermark,
-            system=lambda: System(self._available_bytes(self.cache_bytes), self._others.at(clock()).stalled_share),
+            system=lambda: System(self._available_bytes(self.cache_bytes), self._now.stalled_share),
         )
         self._held: dict[str, Context] = {}
         self._rungs: OrderedDict[str, str] = OrderedDict()
         """Of the caches that are kept, the longest unused first."""
         self._cache_bytes = 0
+        self._sampled_s, self._sample = clock(), others.at(clock())
         self._infos: dict[tuple[str, str | None], ContextInfo] = {}
         self._sizes: dict[tuple[int, str], int] = {}
         self._pins: Counter[str] = Counter()
@@ -73,7 +74,7 @@ class VirtualStore:
     @property
     def memory(self) -> Memory:
         """As edge_agent.pressure.measure has it."""
-        now = self._others.at(self._clock())
+        now = self._now
         cache_bytes = self.cache_bytes
         budget_bytes, available_bytes = self._budget.bytes_now(cache_bytes), self._available_bytes(cache_bytes)
         terms = [
@@ -236,4 +237,12 @@ class VirtualStore:
         return self._sizes[kept]
 
     def _available_bytes(self, cache_bytes: int) -> int:
-        return max(0, self._others.at(self._clock()).available_bytes - cache_bytes)
+        return max(0, self._now.available_bytes - cache_bytes)
+
+    @property
+    def _now(self) -> MemorySample:
+        """What else there is; looked up once for each moment."""
+        now_s = self._clock()
+        if now_s != self._sampled_s:
+            self._sampled_s, self._sample = now_s, self._others.at(now_s)
+        return self._sample

@@ -214,7 +214,7 @@ class Outward:
                 await self._wait()
             if self._ended:
                 return
-            now_s = asyncio.get_running_loop().time()
+            now_s = self._network.now_s
             self._first_s = now_s if self._first_s is None else self._first_s
             self._under_way += nbytes
             self.payload_bytes += nbytes
@@ -234,7 +234,7 @@ class Outward:
         """Each chunk arrives when its last bit has passed both links, and once more the faster of them by itself: the
         broker passes on what it has whole.
         """
-        loop = asyncio.get_running_loop()
+        loop = self._network.loop
         while True:
             mark_bits, nbytes, piece, last = await self._queue.get()
             await self._flow.moved(mark_bits)
@@ -245,11 +245,11 @@ class Outward:
             loop.call_at(self._last_s, self._arrived, nbytes, piece, last)
 
     def _alone_bps(self, passes: Sequence[str]) -> float:
-        now_s = asyncio.get_running_loop().time()
+        now_s = self._network.now_s
         return min(self._network.channels[name].bps(now_s) for name in passes)
 
     def _arrived(self, nbytes: int, piece: Piece | None, last: bool) -> None:
-        loop = asyncio.get_running_loop()
+        loop = self._network.loop
         self._transfer.arrive(nbytes, piece, last=last, now_s=loop.time())
         loop.call_later(self._sender.delay_s() + self._receiver.delay_s(), self._acknowledged, nbytes, last)
 
