@@ -28,6 +28,20 @@ def test_time_limits_are_virtual_too() -> None:
         run_virtual(asyncio.sleep(50), limit_s=49.0)
 
 
+def test_timers_of_one_moment_fire_in_the_order_in_which_they_were_set_and_none_that_was_cancelled() -> None:
+    async def story() -> list[int]:
+        loop, found = asyncio.get_running_loop(), list[int]()
+        timers = [loop.call_at(5.0, found.append, number) for number in range(50)]
+        for timer in timers[::7]:
+            timer.cancel()
+        loop.call_at(-1.0, found.append, 50)  # long due: now
+        await asyncio.sleep(5)
+        return found
+
+    expected = [50, *(number for number in range(50) if number % 7)]
+    assert run_virtual(story(), limit_s=None) == expected
+
+
 def test_what_waits_for_ever_is_told() -> None:
     async def forever() -> None:
         await asyncio.Event().wait()

@@ -104,12 +104,12 @@ class VirtualBroker:
         self._listening[topic.pattern, _sorted(parameters)].remove(listener)
 
     def carry(self, topic: Topic[Any], parameters: dict[str, str], message: Any, bits: float) -> None:
-        """To all who listen to this topic with these parameters, or whatever they are."""
+        """To all who listen to this topic with these parameters, or whatever they are; beside the broker at once."""
         for wanted in dict.fromkeys((_sorted(parameters), ())):
             for listener in tuple(self._listening.get((topic.pattern, wanted), ())):
                 deliver = partial(listener.handler, message, parameters)
                 if listener.down is None:
-                    self.loop.call_soon(deliver)
+                    deliver()
                 else:
                     listener.down.put(bits, deliver)
 
@@ -142,10 +142,11 @@ class VirtualBus:
     def post(self, topic: Topic[M], message: M, **parameters: str) -> None:
         """The same at once."""
         bits = self._broker.bits(message)
+        carry = partial(self._broker.carry, topic, parameters, message, bits)
         if self._up is None:
-            self._broker.carry(topic, parameters, message, bits)
+            self._broker.loop.call_soon(carry)  # not while who speaks is still at it
         else:
-            self._up.put(bits, partial(self._broker.carry, topic, parameters, message, bits))
+            self._up.put(bits, carry)
 
     async def subscribe(self, topic: Topic[M], handler: Handler[M], **parameters: str) -> Subscription:
         """From now on. All parameters, or none."""
@@ -231,4 +232,4 @@ def _bits(message: Any) -> float:
 
 
 def _sorted(parameters: Mapping[str, str]) -> _Parameters:
-    return tuple(sorted(parameters.items()))
+    return tuple(sorted(parameters.items()) if len(parameters) > 1 else parameters.items())

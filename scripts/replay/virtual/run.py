@@ -58,7 +58,7 @@ from scripts.traces import Trace
 CLIENT = "asker"
 LOOKS = 256
 """Turns of the loop between two looks at what is outside: only Ctrl-C may come from there."""
-COLLECTED_AFTER = 100_000
+COLLECTED_AFTER = 50_000
 """New objects between two searches for garbage in cycles, of which a run makes little: a fleet is much to search."""
 BEGAN_S = 1.7e9
 """Of recordings: every run begins at the same moment, or no two of them were alike."""

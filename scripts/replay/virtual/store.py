@@ -60,6 +60,7 @@ class VirtualStore:
         self._rungs: OrderedDict[str, str] = OrderedDict()
         """Of the caches that are kept, the longest unused first."""
         self._cache_bytes = 0
+        self._told: tuple[ContextInfo, ...] | None = None
         self._sampled_s, self._sample = clock(), others.at(clock())
         self._infos: dict[tuple[str, str | None], ContextInfo] = {}
         self._sizes: dict[tuple[int, str], int] = {}
@@ -94,7 +95,7 @@ class VirtualStore:
 
     def add(self, context: Context) -> None:
         """Hold a context."""
-        self._held[context.context_id] = context
+        self._held[context.context_id], self._told = context, None
         self._held = {held.context_id: held for held in sorted(self._held.values(), key=lambda held: held.name)}
 
     def get(self, context_id: str) -> Context:
@@ -178,7 +179,7 @@ class VirtualStore:
             del self._rungs[context_id]
         else:
             self._rungs[context_id] = rung
-        self._cache_bytes = sum(map(self._size, self._rungs))
+        self._cache_bytes, self._told = sum(map(self._size, self._rungs)), None
 
     @contextmanager
     def pinned(self, context_id: str) -> Iterator[None]:
@@ -193,7 +194,9 @@ class VirtualStore:
 
     def infos(self) -> tuple[ContextInfo, ...]:
         """What telemetry says of the store, by name."""
-        return tuple(map(self._info, self._held.values()))
+        if self._told is None:
+            self._told = tuple(map(self._info, self._held.values()))
+        return self._told
 
     def _info(self, held: Context) -> ContextInfo:
         rung = self._rungs.get(held.context_id)
