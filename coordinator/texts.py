@@ -28,10 +28,11 @@ class Texts:
 
     def find(self, fleet: Fleet, context_id: str) -> str | None:
         """The text of a context, by the name under which some agent says to hold it. The receiver checks its ids."""
-        for agent, name in self._texts:
+        for agent in dict.fromkeys(agent for agent, _ in self._texts):
             state = fleet.agents.get(agent)
             for context in state.telemetry.contexts if state and state.telemetry else ():
-                if context.context_id == context_id and context.name == name:
-                    self._texts.move_to_end((agent, name))
-                    return self._texts[agent, name]
+                key = (agent, context.name)
+                if context.context_id == context_id and key in self._texts:
+                    self._texts.move_to_end(key)
+                    return self._texts[key]
         return None

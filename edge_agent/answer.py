@@ -31,7 +31,7 @@ class Answer:
         self._first_token_s: float | None = None
 
     def said(self, text: str, tokens: int) -> None:
-        """So much of it is there."""
+        """All of it that is there by now."""
         if self._first_token_s is None:
             self._first_token_s = self._clock() - self._began_s
         self.text, self.tokens = text, tokens

@@ -19,7 +19,7 @@ SEGMENT_BYTES = 1_448
 
 _LATE_BYTES = 32_768
 _LATE_S = 0.02
-"""A target that takes no bytes for longer, with more than that much on its way, stops the sender."""
+"""A target that is so late with what it should have taken stops the sender, if more than that is held in all."""
 
 
 def shape_socket(sock: socket.socket) -> None:

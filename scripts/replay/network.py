@@ -201,7 +201,10 @@ class Network:
         return taken_s
 
     async def carry(self, passes: Iterable[str], bits: float) -> None:
-        """Until so many bits have passed these channels. Raises KeyError for a channel that isn't there."""
+        """Until so many bits have passed these channels; they go their way when nobody waits for them any more.
+
+        Raises KeyError for a channel that isn't there.
+        """
         passes = tuple(passes)
         soon_s = self.alone_s(passes, bits)
         if soon_s is not None:
@@ -212,7 +215,7 @@ class Network:
             flow.add(bits)
             await flow.moved(bits)
         finally:
-            flow.end()
+            flow.finish()
 
     def ended(self, flow: Flow) -> None:
         """What it had is the others'."""

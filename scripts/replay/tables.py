@@ -187,5 +187,8 @@ def _paired(rows: Sequence[Paired]) -> Table:
                 total=row.name == "all",
             )
         )
-    text = "Mean E2E of the same questions under both, where both answered; 95 % intervals by bootstrap over questions."
+    text = (
+        "Mean E2E of the same questions under both, where both answered; 95 % intervals by bootstrap over runs and "
+        "the questions of each."
+    )
     return Table("Two replays, paired", text, heads, tuple(found))

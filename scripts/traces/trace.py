@@ -37,10 +37,10 @@ class Sample:
 class _Place:
     """Which sample is in force, in which lap, and between which times it surely is."""
 
-    lap: int = 0
-    at: int = 0
-    from_s: float = math.inf
-    until_s: float = -math.inf
+    lap: int
+    at: int
+    from_s: float
+    until_s: float
     next_change_s: float | None = None
 
 
@@ -55,7 +55,7 @@ class Trace:
     step_s: float
     loop: bool = True
     from_s: float = 0.0
-    _last: _Place = field(default_factory=_Place, init=False, repr=False, compare=False)
+    _last: list[_Place] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def duration_s(self) -> float:
@@ -85,15 +85,20 @@ class Trace:
 
     def _place(self, time_s: float) -> _Place:
         """Where a time is; mostly where the one before it was."""
-        last = self._last
-        if not last.from_s <= time_s < last.until_s:
-            last.lap, last.at = lap, at = self._found(time_s)
-            lap_s, ends = lap * self.duration_s - self.from_s, at + 1 == len(self.samples)
-            until_s = self.duration_s if ends else self.samples[at + 1].time_s
-            last.from_s = lap_s + self.samples[at].time_s + EDGE_S
-            last.until_s = math.inf if ends and not self.loop else lap_s + until_s - EDGE_S
-            last.next_change_s = None
-        return last
+        for last in self._last:
+            if last.from_s <= time_s < last.until_s:
+                return last
+        lap, at = self._found(time_s)
+        lap_s, ends = lap * self.duration_s - self.from_s, at + 1 == len(self.samples)
+        until_s = self.duration_s if ends else self.samples[at + 1].time_s
+        place = _Place(
+            lap=lap,
+            at=at,
+            from_s=lap_s + self.samples[at].time_s + EDGE_S,
+            until_s=math.inf if ends and not self.loop else lap_s + until_s - EDGE_S,
+        )
+        self._last[:] = (place,)  # at once, so that threads may share a trace
+        return place
 
     def _found(self, time_s: float) -> tuple[int, int]:
         """How often it has begun anew, and which sample is in force."""

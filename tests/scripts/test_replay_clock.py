@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from broker_config.messages import ids_from, new_id
-from scripts.replay.clock import run_virtual
+from scripts.replay.clock import FORGOTTEN_FROM, VirtualLoop, run_virtual
 
 
 async def _waits() -> list[float]:
@@ -61,3 +61,20 @@ def test_ids_are_drawn_where_that_is_asked_for_and_random_elsewhere() -> None:
         assert new_id() == "0001020304050607"
         assert run_virtual(drawn()) == "0001020304050607"
     assert len({new_id() for _ in range(100)}) == 100
+
+
+def test_cancelled_timers_are_forgotten_long_before_their_time() -> None:
+    async def story() -> int:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        found = list[int]()
+        for number in range(20 * FORGOTTEN_FROM):
+            loop.call_at(1e6, found.append, number).cancel()
+            if not number % FORGOTTEN_FROM:
+                loop.call_at(2.0, found.append, number)
+        held = len(loop._timers)
+        await asyncio.sleep(5)
+        assert found == list(range(0, 20 * FORGOTTEN_FROM, FORGOTTEN_FROM))
+        return held
+
+    assert run_virtual(story()) < 3 * FORGOTTEN_FROM

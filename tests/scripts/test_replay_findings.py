@@ -116,6 +116,18 @@ def test_a_difference_that_scatters_by_run_is_as_uncertain_as_runs_are_few() -> 
     assert by_run.difference_s[2] - by_run.difference_s[1] > 0.5
 
 
+def test_policies_of_one_run_are_no_witnesses_of_their_own() -> None:
+    seconds = [[2.0 + 0.1 * (run % 2 * 9)] * 20 for run in range(4)]
+    alone = replays_compared(
+        [result("kv", 2.0, seed=n) for n in range(4)], [result("kv", *s, seed=n) for n, s in enumerate(seconds)]
+    )
+    both = replays_compared(
+        [result(policy, 2.0, seed=n) for n in range(4) for policy in ("kv", "token", "optimum")],
+        [result(policy, *s, seed=n) for n, s in enumerate(seconds) for policy in ("kv", "token", "optimum")],
+    )
+    assert both[0].difference_s == pytest.approx(alone[0].difference_s)
+
+
 def test_two_replays_are_compared_run_by_run() -> None:
     before = [result("optimum", 2.0, 4.0), result("kv", 5.0, 5.0), result("kv", 1.0, seed=7)]
     after = [result("optimum", 1.0, None), result("kv", 5.0, 5.0), result("kv", 1.0, seed=8)]

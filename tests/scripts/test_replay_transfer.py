@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 import pytest
@@ -121,6 +121,33 @@ def test_what_pieces_raise_ends_the_transfer() -> None:
         with pytest.raises(KeyError, match="a cache that is gone"):
             await one.send(broken())
         await asyncio.sleep(1)
+        assert not one._network.channels["one/up"].flows
+
+    play(story)
+
+
+def test_one_who_is_cancelled_twice_still_lets_go_of_the_link_and_the_pieces() -> None:
+    closed = list[str]()
+
+    async def stubborn() -> AsyncGenerator[tuple[Piece, bool]]:
+        try:
+            yield Piece(CHUNK, Slice(0, 1)), False
+            await asyncio.sleep(1e5)
+        finally:
+            await asyncio.sleep(3)
+            closed.append("pieces")
+
+    async def story() -> None:
+        given = stubborn()
+        one = outward(Transfer("t"), rates(8 * MBIT, 8 * MBIT), paced_bps=MBIT)
+        sending = asyncio.create_task(one.send(given))
+        for _ in range(2):
+            await asyncio.sleep(1)
+            sending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sending
+        assert closed
+        await given.aclose()
         assert not one._network.channels["one/up"].flows
 
     play(story)

@@ -33,7 +33,8 @@ _Parameters = tuple[tuple[str, str], ...]
 
 
 def after_last(last_s: float, due_s: float) -> float:
-    """When something is due that may not overtake what is due at last_s: timers of one time fire in any order."""
+    """When something is due that may not overtake what is due at last_s: a timer set later may be
+    called first if they have one time."""
     return max(math.nextafter(last_s, math.inf), due_s)
 
 
@@ -168,7 +169,10 @@ class ProbeBus:
         return self._site
 
     async def publish(self, topic: Topic[M], message: M, **parameters: str) -> None:
-        """Until the broker has acknowledged it; one that comes back is awaited there. Raises PublishTimeout."""
+        """Until the broker has acknowledged it; not if it comes back over a free link, where its coming says as much.
+
+        Raises PublishTimeout.
+        """
         assert isinstance(message, Probe)  # noqa: S101  nothing else goes here
         access, loop = self._access, self._access.network.loop
         bits, back = 8.0 * (len(message.padding) + ENVELOPE_BYTES), topic is topics.PROBES

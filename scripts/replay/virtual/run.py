@@ -59,7 +59,8 @@ CLIENT = "asker"
 LOOKS = 256
 """Turns of the loop between two looks at what is outside: only Ctrl-C may come from there."""
 COLLECTED_AFTER = 50_000
-"""New objects between two searches for garbage in cycles, of which a run makes little: a fleet is much to search."""
+"""Objects made, less those released, between two searches for garbage in cycles: a run makes little of it, and a fleet
+is much to search."""
 BEGAN_S = 1.7e9
 """Of recordings: every run begins at the same moment, or no two of them were alike."""
 
@@ -323,7 +324,8 @@ def _signal(rate: Trace | float, clock: Callable[[], float]) -> Callable[[], flo
 @contextmanager
 def _seldom_collected() -> Iterator[None]:
     before = gc.get_threshold()
-    gc.set_threshold(COLLECTED_AFTER, *before[1:])
+    if before[0]:  # 0: somebody wants none
+        gc.set_threshold(max(before[0], COLLECTED_AFTER), *before[1:])
     try:
         yield
     finally:

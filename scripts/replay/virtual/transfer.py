@@ -21,7 +21,7 @@ LEAST_IN_WINDOW = 2
 REMEMBERED = 4_096
 """Transfers, far more than are under way at once."""
 LONGEST_HOP_S = 1.0
-"""What one chunk takes by itself is counted up to here: an outage holds the flow itself."""
+"""What one chunk takes by itself on the faster link is counted up to here: an outage holds the flow itself."""
 
 FAILURES: dict[EndState, type[TransferError]] = {
     "refused": TransferRefused,
@@ -179,15 +179,15 @@ class Outward:
         finally:
             for task in (mover, giver):
                 task.cancel()
-            await asyncio.wait({mover, giver})
-            if not giver.cancelled():
-                giver.exception()  # of pieces that nobody waits for any more
+            for step in self._steps:
+                step.cancel()
             if self.pace_bps is None:
                 self._flow.finish()  # what the connection has taken goes its way
             else:
                 self._flow.end()  # it was held back for its turn
-            for step in self._steps:
-                step.cancel()
+            await _all_done(mover, giver)
+            if not giver.cancelled():
+                giver.exception()  # of pieces that nobody waits for any more
         if self._transfer.told and self._transfer.failed:
             raise FAILURES[self._transfer.failed](self._transfer.transfer, self._transfer.reason)
         return Sent(
@@ -259,6 +259,18 @@ class Outward:
         self._done = self._done or last
         self._seen.moved(self._acked_bytes)
         self._news.set()
+
+
+async def _all_done(*tasks: asyncio.Task[None]) -> None:
+    """Even if cancelled again meanwhile: who calls may then let go of what they use."""
+    cancelled = False
+    while not all(task.done() for task in tasks):
+        try:
+            await asyncio.wait(tasks)
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        raise asyncio.CancelledError
 
 
 def _cut(nbytes: int, chunk_bytes: int) -> Iterator[tuple[int, bool]]:
