@@ -12,6 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
+HOST ?=
 DATA ?=
 
 .DEFAULT_GOAL := help
@@ -28,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installing torch (for preparing models; devices do without) ..."
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)"
 	@echo "installing kvbus and what it needs ..."
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[coordinator,export,entities,evaluate,replay,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[coordinator,export,entities,evaluate,flash,replay,dev]"
 	@touch $@
 
 .PHONY: install
@@ -87,6 +88,22 @@ replay-live: $(STAMP)  ## The same with real agents on emulated links, beside th
 .PHONY: report
 report: $(STAMP)  ## Make a page of the last replay, build/replay/report.html; runs one if there is none.
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.replay report $(ARGS)
+
+.PHONY: device-bundle
+device-bundle: $(STAMP)  ## Build what devices need, signed, to be flashed without internet; under build/device-bundle/.
+	$(BIN)/python -m scripts.prepare_model
+	$(BIN)/python -m scripts.flash bundle $(ARGS)
+
+.PHONY: flash
+flash: $(STAMP)  ## Put an agent on a device over SSH: HOST=pi@raspberrypi.local, several in quotes. ARGS=--dry-run looks.
+	@test -n "$(HOST)" || { echo "say which device: make flash HOST=pi@raspberrypi.local"; exit 2; }
+	$(BIN)/python -m scripts.prepare_model
+	$(BIN)/python -m scripts.flash flash $(HOST) $(ARGS)
+
+.PHONY: flash-status flash-logs flash-rollback unflash
+flash-status flash-logs flash-rollback unflash: $(STAMP)  ## The same devices: how they are, their log, back, off again.
+	@test -n "$(HOST)" || { echo "say which device: make $@ HOST=pi@raspberrypi.local"; exit 2; }
+	$(BIN)/python -m scripts.flash $(patsubst flash-%,%,$@) $(HOST) $(ARGS)
 
 .PHONY: clean
 clean:  ## Remove .venv, build/ and caches of tools (not the model cache, see README).

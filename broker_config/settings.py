@@ -11,7 +11,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -68,12 +68,21 @@ class BrokerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 def load_toml(path: Path, type: type[S]) -> S:  # noqa: A002  (the field's own word: a file and its type)
     """Read a TOML file into a struct. Raises ConfigurationError: file, field, and what was wrong, on one line."""
+    return convert(read_toml(path), type, path)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The values in a TOML file. Raises ConfigurationError."""
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"can't read {path}: {_reason(error)}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigurationError(f"{path}: no valid TOML: {error}") from None
+
+
+def convert(content: Mapping[str, Any], type: type[S], path: Path) -> S:  # noqa: A002
+    """Values into a struct. path: where they are from, for people. Raises ConfigurationError as load_toml does."""
     for field, nearest in _unknown(content, kinds.type_info(type), ""):
         hint = f"; did you mean {nearest}?" if nearest else ""
         raise ConfigurationError(f"{path}: unknown field {field}{hint}")
@@ -97,6 +106,22 @@ def describe(type: type[Struct]) -> str:  # noqa: A002
     information = kinds.type_info(type)
     assert isinstance(information, kinds.StructType)  # noqa: S101  (what type_info gives for a Struct)
     return "\n".join(_template(information, None, "")).strip("\n") + "\n"
+
+
+def write_toml(values: Mapping[str, Any]) -> str:
+    """Values as TOML, tables after what stands beside them. What is None is left out."""
+    return "\n".join(_tables(values, "")).strip("\n") + "\n"
+
+
+def _tables(values: Mapping[str, Any], table: str) -> Iterator[str]:
+    if table:
+        yield f"\n[{table}]"
+    for name, value in values.items():
+        if value is not None and not isinstance(value, Mapping):
+            yield f"{name} = {_toml(value)}"
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _tables(value, _joined(table, name))
 
 
 def _template(struct: kinds.StructType, values: Struct | None, table: str) -> Iterator[str]:

@@ -6,8 +6,6 @@ import asyncio
 import contextlib
 import getpass
 import logging
-import os
-import secrets
 import signal
 import sys
 from collections.abc import Coroutine
@@ -24,9 +22,10 @@ from broker_config.errors import BrokerRefusedToStart, BusError
 from broker_config.messages import DEFAULT_QUALITY_FLOOR, Ended, Piece, Planned, RoundEvent, RoundReport
 from broker_config.mosquitto import render
 from broker_config.settings import describe, load_toml
-from broker_config.users import add_user
 from broker_config.users import users as names_in
 from coordinator.client import Client
+from coordinator.credentials import DEFAULT_USERS
+from coordinator.credentials import add_agent as make_credentials
 from coordinator.errors import CoordinatorError
 from coordinator.service import Coordinator
 from coordinator.settings import CoordinatorSettings
@@ -47,7 +46,6 @@ Configuration = Annotated[
     Path | None,
     typer.Option("--config", "-c", help="TOML file; `coordinator config` prints one. Without it: the defaults."),
 ]
-DEFAULT_USERS = Path("~/.config/kvbus/users")
 USERS_HELP = f"Users file, as `coordinator add-agent` makes it (default: none on loopback, beyond it {DEFAULT_USERS})."
 
 
@@ -234,13 +232,12 @@ def add_agent(
 ) -> None:
     """Add a user to the broker: writes the users file, and the password to a file for the agent's configuration."""
     users = users.expanduser()
-    target = (password_file or users.parent / f"{name}.password").expanduser()
-    password = getpass.getpass(f"password of {name}: ") if ask_password else secrets.token_urlsafe(24)
+    password = getpass.getpass(f"password of {name}: ") if ask_password else None
     try:
-        users.parent.mkdir(parents=True, exist_ok=True)
-        add_user(users, name, password)
-        _write_secret(target, password + "\n")
-    except (OSError, ValueError, BusError) as error:
+        target = make_credentials(
+            users, name, password_file=password_file and password_file.expanduser(), password=password
+        )
+    except BusError as error:
         _fail(error)
     typer.echo(f"user {name} added to {users}; password in {target}")
     typer.echo(f'in the agent\'s configuration: [broker] username = "{name}", password_file = "{target}"')
@@ -266,14 +263,6 @@ def _users(host: str, users: Path | None) -> Path | None:
     if not names_in(users.expanduser()):
         raise BrokerRefusedToStart(f"{users} holds no users; run `coordinator add-agent NAME --users {users}` first")
     return users.expanduser()
-
-
-def _write_secret(path: Path, text: str) -> None:
-    """For nobody's eyes but ours, also where the file was there before. Raises OSError."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        os.fchmod(descriptor, 0o600)
-        file.write(text)
 
 
 def _write_json(path: Path, report: RoundReport) -> None:

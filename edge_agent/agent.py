@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 
 from broker_config import topics
-from broker_config.bus import Bus, MqttBus, Will
+from broker_config.bus import Bus, BusState, MqttBus, Will
 from broker_config.errors import BusError
 from broker_config.messages import (
     AddContext,
@@ -38,6 +38,7 @@ from edge_agent.memory import Budget, ContextStore, Shelf, Spill
 from edge_agent.model.exchange import expectation
 from edge_agent.model.session import Model, Runtime
 from edge_agent.model.text import Text
+from edge_agent.notify import notify
 from edge_agent.outgoing import Outgoing
 from edge_agent.parts import Parts
 from edge_agent.pressure import measure
@@ -63,6 +64,7 @@ class Agent:
         self._sequence = 0
         self._announced = False
         self._note = ""
+        self._speed_words = ""
 
     async def run(self) -> None:
         """Load the model, join the bus, work until cancelled. Raises BundleInvalid, ModelUnsupported, SpillFailed."""
@@ -78,6 +80,8 @@ class Agent:
         try:
             speed = await self._engine.start()
             log.info("ready: prefill %.0f tokens/s, decode %.0f tokens/s", speed.prefill_tps, speed.decode_tps)
+            self._speed_words = f"prefill {speed.prefill_tps:.0f}, decode {speed.decode_tps:.0f} tokens/s"
+            notify(ready="1", status=f"looking for the broker {self._settings.broker.address}; {self._speed_words}")
             await self._join_bus()
         finally:
             await self._store.close()
@@ -87,7 +91,14 @@ class Agent:
         """Control (stable id, persistent session, will) and bulk (clean session), not yet begun."""
         broker, site = self._settings.broker, self._settings.site
         will = Will(topic=topics.PRESENCE, message=self._presence("offline"), parameters={"agent": self._name})
-        control = MqttBus(settings=broker, site=site, client_id=f"{site}-{self._name}", persistent=True, will=will)
+        control = MqttBus(
+            settings=broker,
+            site=site,
+            client_id=f"{site}-{self._name}",
+            persistent=True,
+            will=will,
+            on_state=self._tell_state,
+        )
         bulk = MqttBus(settings=broker, site=site, client_id=f"{site}-{self._name}-bulk-{self._instance}")
         return control, bulk
 
@@ -225,6 +236,16 @@ class Agent:
 
     async def _say_online(self) -> None:
         await self._control.publish(topics.PRESENCE, self._presence("online"), agent=self._name)
+
+    def _tell_state(self, state: BusState) -> None:
+        """For who looks at the service."""
+        address = self._settings.broker.address
+        words = {
+            BusState.CONNECTED: f"at the broker {address}",
+            BusState.BACKOFF: f"the broker {address} does not answer; trying again",
+        }
+        if state in words:
+            notify(status=f"{words[state]}; {self._speed_words}")
 
     async def _say_offline(self, control: Bus) -> None:
         try:

@@ -17,7 +17,9 @@ from broker_config.settings import describe, load_toml
 from edge_agent import logs
 from edge_agent.agent import Agent
 from edge_agent.errors import AgentError
+from edge_agent.facts import Extractor
 from edge_agent.model.manifest import read_manifest, verify_digests
+from edge_agent.notify import keep_alive
 from edge_agent.settings import AgentSettings
 
 app = typer.Typer(
@@ -28,6 +30,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+PLAIN_TEXT = "The bridge over the river was closed on 4 May 2021 after the water had risen by 3.2 metres."
+"""Facts are looked for in it by `check`, to see that what finds them is there."""
 
 
 class Level(StrEnum):
@@ -81,6 +87,9 @@ def check(configuration: Annotated[Path, typer.Argument(help="TOML file of the a
     typer.echo(f"{configuration}: agent {settings.agent} of site {settings.site}, broker {settings.broker.address}")
     typer.echo(f"{bundle}: {manifest.name}, {manifest.weight_precision}, fingerprint {manifest.fingerprint}; whole")
     typer.echo("ladder: " + ", ".join(rung.name for rung in manifest.ladder))
+    extractor = Extractor(spacy_model=settings.facts.spacy_model or None)
+    found = extractor.extract(PLAIN_TEXT)
+    typer.echo(f"facts: {len(found)} found in a sentence{f'; {extractor.note}' if extractor.note else ''}")
 
 
 @app.command()
@@ -97,11 +106,15 @@ def bundle(path: Annotated[Path, typer.Argument(help="Directory of a model bundl
 async def _until_stopped(agent: Agent) -> None:
     """Run the agent; SIGTERM and SIGINT end it in good order."""
     loop = asyncio.get_running_loop()
+    alive = asyncio.create_task(keep_alive(), name="signs of life")
     running = asyncio.ensure_future(agent.run())
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, running.cancel)
-    with contextlib.suppress(asyncio.CancelledError):
-        await running
+    try:
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+    finally:
+        alive.cancel()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,109 @@
+"""Layers: archives of plain files that are unpacked under their digest, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import lzma
+import os
+import shutil
+import tarfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+from edge_agent.release.errors import LayerDamaged, SystemFailed
+from edge_agent.release.manifest import Layer
+
+BLOCK_BYTES = 1 << 20
+UNFINISHED = ".tmp-"
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def unpack(archive: Path, layer: Layer, store: Path, progress: Callable[[int], None] = lambda _: None) -> Path:
+    """Unpack an archive into store/SHA256, unless it is there. progress: called with the bytes unpacked by now.
+
+    Raises LayerDamaged for an archive that isn't the layer, or that holds anything but files and folders below its
+    root; SystemFailed if it can't be read or written. Then nothing of it is left.
+    """
+    target = store / layer.sha256
+    if target.is_dir():
+        return target
+    unfinished = store / f"{UNFINISHED}{layer.sha256}"
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        if digest_of(archive) != layer.sha256:
+            raise LayerDamaged(f"{archive.name} is not the layer {layer.sha256[:12]}: its digest is another")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(mode=0o755)
+        _extract(archive, unfinished, progress)
+        os.sync()
+        unfinished.rename(target)
+        sync_folder(store)
+    except OSError as error:
+        raise SystemFailed(f"can't unpack {archive.name}: {error.strerror or error}") from None
+    except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, ValueError) as error:
+        raise LayerDamaged(f"{archive.name} is no archive: {error}") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return target
+
+
+def _extract(archive: Path, target: Path, progress: Callable[[int], None]) -> None:
+    done = 0
+    with tarfile.open(archive, "r:*") as tar:
+        for member in tar:
+            inside = PurePosixPath(member.name)
+            if inside.is_absolute() or ".." in inside.parts or not (member.isreg() or member.isdir()):
+                raise LayerDamaged(f"{archive.name} holds {member.name!r}, which no layer may hold")
+            path = target / inside
+            if member.isdir():
+                path.mkdir(mode=0o755, parents=True, exist_ok=True)
+                continue
+            path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            source = tar.extractfile(member)
+            assert source is not None  # noqa: S101  (it is a regular file)
+            with path.open("xb") as file:
+                shutil.copyfileobj(source, file, BLOCK_BYTES)
+            path.chmod(0o755 if member.mode & 0o100 else 0o644)
+            os.utime(path, (member.mtime, member.mtime))
+            done += member.size
+            progress(done)
+
+
+def forget_others(store: Path, kept: set[str]) -> int:
+    """Remove layers that nobody uses and what was left unfinished. Returns how many bytes were freed."""
+    freed = 0
+    for path in store.iterdir() if store.is_dir() else ():
+        if path.name not in kept:
+            freed += sum(file.lstat().st_size for file in path.rglob("*") if file.is_file())
+            shutil.rmtree(path, ignore_errors=True)
+    return freed
+
+
+def sync_folder(path: Path) -> None:
+    """So that a name in it is there after a power cut. Raises OSError."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def write_whole(path: Path, content: bytes, mode: int = 0o644) -> None:
+    """Replace a file in one step; the old one or the new one is there after a power cut. Raises OSError."""
+    unfinished = path.with_name(f"{UNFINISHED}{path.name}")
+    with contextlib.ExitStack() as undo:
+        undo.callback(unfinished.unlink, missing_ok=True)
+        with unfinished.open("wb") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.rename(path)
+        sync_folder(path.parent)

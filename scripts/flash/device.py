@@ -1,0 +1,100 @@
+"""What is one device's alone: its agent's configuration, and its own user at the broker."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from broker_config.errors import BusError
+from broker_config.settings import convert, read_toml, write_toml
+from broker_config.users import users as names_in
+from coordinator.credentials import add_agent
+from edge_agent.release.place import CONFIGURATION, PASSWORD, Place
+from edge_agent.release.units import STATE
+from edge_agent.settings import AgentSettings
+from scripts.flash.errors import BundleFailed
+
+DEFAULT_SITE = "home"
+DEFAULT_PORT = 1883
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """One agent on one device. own: agent.toml and password, as they are put there."""
+
+    settings: AgentSettings
+    own: Mapping[str, bytes] = field(repr=False)
+
+
+def device(
+    agent: str, *, host: str, port: int, site: str, users: Path | None, configuration: Path | None = None
+) -> Device:
+    """The configuration of an agent: a file's, or the defaults, with what a device needs put in.
+
+    host, port: the broker as the device reaches it. users: the broker's users file, where the agent gets a user unless
+    it has one; None: the broker wants none. Raises BundleFailed.
+    """
+    try:
+        given = read_toml(configuration) if configuration else {}
+        password = _password(users.expanduser(), agent) if users else None
+        values = _merged(_defaults(), given)
+        values = _merged(values, _forced(agent, host=host, port=port, site=site, secured=users is not None))
+        settings = convert(values, AgentSettings, configuration or Path(CONFIGURATION))
+    except BusError as error:
+        raise BundleFailed(str(error)) from None
+    own = {CONFIGURATION: write_toml(values).encode()}
+    if password is not None:
+        own[PASSWORD] = password
+    return Device(settings=settings, own=own)
+
+
+def agent_named(host: str) -> str:
+    """An agent's id out of a host's name. Raises BundleFailed for an address, which names nobody."""
+    name = host.rpartition("@")[2].partition(":")[0]
+    if re.fullmatch(r"[\d.]+|\[?[0-9a-fA-F:]+\]?", name) or name == "localhost":
+        raise BundleFailed(f"{name} says nothing of who it is; give the agent's id: AGENT=kitchen")
+    found = re.sub(r"[^a-z0-9_-]+", "-", name.partition(".")[0].lower()).strip("-_")[:32]
+    if not found:
+        raise BundleFailed(f"no agent's id can be made of {name!r}; give one: AGENT=kitchen")
+    return found
+
+
+def _password(users: Path, agent: str) -> bytes:
+    """The one that it has, or a new one with a new user."""
+    kept = users.parent / f"{agent}.password"
+    if agent not in names_in(users) or not kept.exists():
+        add_agent(users, agent)
+    try:
+        return kept.read_bytes()
+    except OSError as error:
+        raise BundleFailed(f"can't read {kept}: {error.strerror or error}") from None
+
+
+def _defaults() -> dict[str, Any]:
+    """Of a device that has nothing else to do."""
+    return {
+        "contexts_folder": str(STATE / "contexts"),
+        "compute": {"threads": 0},
+        "memory": {"spill_folder": str(STATE / "caches")},
+    }
+
+
+def _forced(agent: str, *, host: str, port: int, site: str, secured: bool) -> dict[str, Any]:
+    """Whatever a file says."""
+    current = Place().root / "current"
+    broker: dict[str, Any] = {"host": host, "port": port}
+    if secured:
+        broker |= {"username": agent, "password_file": str(current / PASSWORD)}
+    return {"agent": agent, "site": site, "bundle": str(current / "model"), "broker": broker}
+
+
+def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """With the other's values where both have one."""
+    found = dict(one)
+    for name, value in other.items():
+        kept = found.get(name)
+        found[name] = _merged(kept, value) if isinstance(kept, Mapping) and isinstance(value, Mapping) else value
+    return found

@@ -1,0 +1,316 @@
+"""One device, from the first look to an agent that has answered; what fails leaves the device as it was."""
+
+from __future__ import annotations
+
+import asyncio
+import getpass
+import re
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from broker_config.settings import BrokerSettings
+from edge_agent.release.install import SPARE_BYTES
+from edge_agent.release.manifest import Release
+from edge_agent.release.place import MANIFEST, SIGNATURE
+from scripts.flash.bundle import Bundle
+from scripts.flash.device import Device
+from scripts.flash.errors import FlashError, HostFailed, HostUnfit, HostUnreachable
+from scripts.flash.host import Host, quoted
+from scripts.flash.proof import Proof, Witness, bus
+from scripts.flash.wheels import PYTHONS
+
+INSTALL_S, TRIAL_S, PROOF_S = 3_600.0, 1_800.0, 1_500.0
+"""Longest: unpacking on a slow card; until a device goes back by itself; until its agent has answered."""
+CLOCK_OFF_S = 120.0
+"""Certificates and logs mind more than this."""
+LEAST_MEMORY_BYTES = 450_000_000
+"""A board of 512 MB says so of itself. The model's own need comes on top."""
+BESIDE_MODEL_BYTES = 250_000_000
+"""What Python, the runtime and the system take beside the weights."""
+
+_LOOK = (
+    "uname -m; id -u; for version in "
+    + " ".join(sorted(PYTHONS, reverse=True))
+    + '; do p=$(command -v "python$version") '
+    '&& echo "python $version $p"; done; python3 -c \'import sys; print("python", "%d.%d" % sys.version_info[:2], '
+    "sys.executable)' 2>/dev/null; echo end"
+)
+
+Say = Callable[[str, float | None], None]
+"""Hears what is being done, and which share of it is (None: not known)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Orders:
+    """What is to be done, for any device.
+
+    bundle: builds or finds what a device with this Python and machine needs. device: what is its own, by our address as
+    it sees it. here: the broker as we reach it, given the device's. dry_run: look only.
+    """
+
+    bundle: Callable[[str, str], Bundle]
+    device: Callable[[str], Device]
+    here: Callable[[BrokerSettings], BrokerSettings]
+    dry_run: bool = False
+    trial_s: float = TRIAL_S
+    proof_s: float = PROOF_S
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flashed:
+    """What came of it. sent_bytes: over the link; proof: None for a dry run."""
+
+    agent: str
+    release: str
+    sent_bytes: int
+    seconds: float
+    proof: Proof | None
+    changed: bool
+    plan: tuple[str, ...] = ()
+
+
+class Flasher:
+    """Carries orders out on one host."""
+
+    def __init__(self, host: Host, orders: Orders, say: Say) -> None:
+        self._host, self._orders, self._say = host, orders, say
+        self._sent_bytes = 0
+
+    def flash(self) -> Flashed:
+        """Raises FlashError; then the device is as it was, but for files that a next attempt need not send again."""
+        began_s = time.monotonic()
+        self._say("looking at the device", None)
+        machine, pythons = self._look()
+        python = self._python(machine, pythons)
+        device = self._orders.device(self._host.local_address)
+        bundle = self._orders.bundle(python, machine)
+        staging = self._staging()
+        self._host.run(f"mkdir -p -m 700 {staging}")
+        self._put(bundle.installer, f"{staging}/installer.pyz")
+        self._installer = f"{pythons[python]} -I {staging}/installer.pyz"
+        facts = self._host.ask(
+            f"{self._installer} facts --broker {quoted(_address(device.settings.broker))}", root=True
+        )
+        missing = [each for each in bundle.release.layers.values() if each.sha256 not in facts["layers"]]
+        self._check(facts, bundle.release, device)
+        if self._orders.dry_run:
+            return Flashed(
+                agent=device.settings.agent,
+                release=bundle.release.version,
+                sent_bytes=0,
+                seconds=time.monotonic() - began_s,
+                proof=None,
+                changed=False,
+                plan=_plan(facts, bundle, device),
+            )
+        self._host.hold(f"{self._installer} hold --who {quoted(f'{getpass.getuser()}@{socket.gethostname()}')}")
+        if facts["trial"] is not None:  # whoever began it is not at work any more, or we could not hold the device
+            self._host.run(f"{self._installer} undo --why 'another flash took its place'", root=True)
+        for layer in missing:
+            name = next(name for name, each in bundle.release.layers.items() if each is layer)
+            self._put(bundle.layer(layer.sha256), f"{staging}/{layer.sha256}.layer", title=f"sending the {name}")
+        for name, content in (
+            (MANIFEST, bundle.release.to_bytes()),
+            (SIGNATURE, bundle.signature),
+            ("site.pub", bundle.key.read_bytes()),
+            *device.own.items(),
+        ):
+            self._host.write(content, f"{staging}/{name}")
+        release, in_use = self._install(staging)
+        proof = asyncio.run(self._try(device, release, in_use=in_use))
+        self._host.run(f"rm -rf {staging}")
+        return Flashed(
+            agent=device.settings.agent,
+            release=release,
+            sent_bytes=self._sent_bytes,
+            seconds=time.monotonic() - began_s,
+            proof=proof,
+            changed=not in_use,
+        )
+
+    def _look(self) -> tuple[str, dict[str, str]]:
+        lines = self._host.run(_LOOK).split("\n")
+        found = [line.split() for line in lines if line.startswith("python ")]
+        return lines[0].strip(), {version: path for _, version, path in reversed(found)}
+
+    def _python(self, machine: str, pythons: dict[str, str]) -> str:
+        if machine not in {"aarch64", "x86_64"}:
+            raise HostUnfit(
+                f"{self._host.name} is {machine or 'something unknown'}; kvbus needs a 64-bit system (aarch64): "
+                "choose the 64-bit image of the OS"
+            )
+        usable = [version for version in sorted(PYTHONS, reverse=True) if version in pythons]
+        if not usable:
+            has = ", ".join(sorted(pythons)) or "no Python"
+            raise HostUnfit(f"{self._host.name} has {has}; kvbus needs Python {PYTHONS[0]} to {PYTHONS[-1]} there")
+        return usable[0]
+
+    def _staging(self) -> str:
+        return "/var/tmp/kvbus-" + self._host.run("id -u").strip()  # noqa: S108  (made for its user alone)
+
+    def _check(self, facts: dict[str, Any], release: Release, device: Device) -> None:
+        name = self._host.name
+        missing = [each for each in release.layers.values() if each.sha256 not in facts["layers"]]
+        unpacked = sum(each.unpacked_bytes for each in missing) + SPARE_BYTES
+        sent = sum(each.size_bytes for each in missing)
+        needed = LEAST_MEMORY_BYTES, release.layers["model"].unpacked_bytes + BESIDE_MODEL_BYTES
+        off_s = facts["time_s"] - time.time()
+        broker = _address(device.settings.broker)
+        reasons = [
+            (not facts["root"], "sudo does not make us root there"),
+            (not facts["systemd"], "it does not run systemd"),
+            (
+                facts["free_bytes"] < unpacked + sent,
+                f"{facts['free_bytes'] / 1e6:.0f} MB of disk are free, {(unpacked + sent) / 1e6:.0f} MB are needed",
+            ),
+            (
+                facts["memory_bytes"] < max(needed),
+                f"{facts['memory_bytes'] / 1e6:.0f} MB of memory; this model needs {max(needed) / 1e6:.0f} MB",
+            ),
+            (
+                abs(off_s) > CLOCK_OFF_S,
+                f"its clock is {abs(off_s):.0f} s {'ahead' if off_s > 0 else 'behind'}; `timedatectl` there says why",
+            ),
+            (
+                bool(facts["broker_error"]),
+                f"the broker {broker} can't be reached from it: {facts['broker_error']}",
+            ),
+        ]
+        for wrong, reason in reasons:
+            if wrong:
+                raise HostUnfit(f"{name}: {reason}")
+
+    def _put(self, source: Path, target: str, *, title: str = "sending the installer") -> None:
+        size = max(1, source.stat().st_size)
+        self._sent_bytes += self._host.send(
+            source,
+            target,
+            lambda there: self._say(title, there / size),
+            again=lambda why: self._say(f"{title}: {why}; again", None),
+        )
+
+    def _install(self, staging: str) -> tuple[str, bool]:
+        found: dict[str, Any] = {}
+
+        def line(told: dict[str, Any]) -> None:
+            if "layer" in told:
+                self._say(f"unpacking the {told['layer']}", told["share"])
+                if told["share"] >= 1 and told["layer"] == "runtime":
+                    self._say("first start, which compiles it", None)
+            found.update(told)
+
+        self._say("installing", None)
+        self._host.run(f"{self._installer} install --package {staging}", root=True, timeout_s=INSTALL_S, line=line)
+        return str(found["release"]), bool(found["in_use"])
+
+    async def _try(self, device: Device, release: str, *, in_use: bool) -> Proof:
+        """Start it and have it prove itself on the bus; else the release before it is back."""
+        settings = self._orders.here(device.settings.broker)
+        async with bus(settings, device.settings.site) as connection:
+            witness = Witness(connection, device.settings.agent)
+            await witness.listen(after_restart=not in_use)
+            if not in_use:
+                self._say("starting it", None)
+                await asyncio.to_thread(
+                    self._host.run,
+                    f"{self._installer} activate {release} --within {self._orders.trial_s:.0f}",
+                    root=True,
+                )
+            try:
+                proof = await self._proven(witness, release, in_use=in_use)
+                if not in_use:
+                    await asyncio.to_thread(self._host.run, f"{self._installer} confirm {release}", root=True)
+            except FlashError as error:
+                if in_use:
+                    raise
+                raise await asyncio.to_thread(self._undone, error) from None
+        return proof
+
+    async def _proven(self, witness: Witness, release: str, *, in_use: bool) -> Proof:
+        """Beside it, look whether the device has given it up by itself (it was restarted, say)."""
+        proving = asyncio.create_task(witness.prove(self._orders.proof_s, lambda text: self._say(text, None)))
+        try:
+            while True:
+                done, _ = await asyncio.wait({proving}, timeout=15.0)
+                if done:
+                    return proving.result()
+                with suppress(HostUnreachable):
+                    state = await asyncio.to_thread(self._state)
+                    if not in_use and state["trial"] is None and state["current"] != release:
+                        raise HostFailed(f"{self._host.name}: {state['failure'] or 'the device gave the release up'}")
+                    self._complain(state)
+        finally:
+            proving.cancel()
+            with suppress(asyncio.CancelledError, FlashError):
+                await proving
+
+    def _state(self) -> dict[str, Any]:
+        try:
+            return self._host.ask(f"{self._installer} status", root=True, timeout_s=60)
+        except (HostUnreachable, HostFailed):
+            self._host.reconnect()
+            return self._host.ask(f"{self._installer} status", root=True, timeout_s=60)
+
+    def _complain(self, state: dict[str, Any]) -> None:
+        """Raise HostFailed for an agent that ends again and again."""
+        if int(state["service"].get("NRestarts") or 0) >= RESTARTS:
+            raise HostFailed(f"{self._host.name}: the agent ends as soon as it starts: {self._last_words()}")
+
+    def _last_words(self) -> str:
+        """What the agent logged last."""
+        try:
+            said = self._host.run("journalctl -u kvbus-agent -n 30 -o cat --no-pager", root=True).strip().splitlines()
+        except FlashError as error:
+            return str(error)
+        own = [line for line in said if not line.startswith(("Start", "Stop", "kvbus-agent.service"))]
+        found = re.search(r'"message": "([^"]*)"', own[-1]) if own else None
+        return found[1] if found else (own[-1] if own else "nothing in its log")
+
+    def _undone(self, error: FlashError) -> FlashError:
+        """Go back; the error, with what came of that."""
+        try:
+            state = self._state()
+            if state["trial"] is not None:
+                self._host.run(f"{self._installer} undo --why {quoted(str(error)[:500])}", root=True)
+                state = self._state()
+        except FlashError as other:
+            return _saying(error, f"{error}; it goes back by itself within half an hour ({other})")
+        now = state["current"]
+        return _saying(error, f"{error}; {f'{now} is back' if now else 'nothing is installed there'}")
+
+
+RESTARTS = 3
+"""An agent that ends so often while it is on trial won't recover."""
+
+
+def _saying(error: FlashError, text: str) -> FlashError:
+    """The same kind of error with more to say."""
+    return type(error)(text)
+
+
+def _address(settings: BrokerSettings) -> str:
+    return f"{settings.host}:{settings.port}"
+
+
+def _plan(facts: dict[str, Any], bundle: Bundle, device: Device) -> tuple[str, ...]:
+    """What a flash would do, line by line."""
+    lines = [
+        f"{facts['machine']}, Python {facts['python']}, {facts['memory_bytes'] / 1e9:.1f} GB, {facts['cores']} cores"
+    ]
+    for name, layer in bundle.release.layers.items():
+        if layer.sha256 in facts["layers"]:
+            lines.append(f"{name}: is there")
+        else:
+            lines.append(
+                f"{name}: send {layer.size_bytes / 1e6:.1f} MB, {layer.unpacked_bytes / 1e6:.1f} MB on its disk"
+            )
+    lines.append(f"release {bundle.release.version} in place of {facts['current'] or 'nothing'}")
+    lines.append(
+        f"agent {device.settings.agent} of site {device.settings.site}, broker {_address(device.settings.broker)}"
+    )
+    return tuple(lines)

@@ -1,0 +1,57 @@
+"""Several devices: one first, then some, then all; the first failure stops what has not begun."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from scripts.flash.errors import FlashError
+
+T = TypeVar("T")
+
+AT_ONCE = 4
+SOME = 0.25
+"""The share of a fleet that is done after the first one, before the rest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended(Generic[T]):
+    """How one host ended: with a result, with an error, or not begun."""
+
+    host: str
+    result: T | None = None
+    error: FlashError | None = None
+
+
+def stages(hosts: Sequence[str], *, staged: bool = True) -> Iterator[tuple[str, ...]]:
+    """One, some, all; or all at once. Every host once, in order."""
+    hosts = tuple(dict.fromkeys(hosts))
+    ends = (1, 1 + round(SOME * len(hosts)), len(hosts)) if staged else (len(hosts),)
+    begin = 0
+    for end in ends:
+        if end > begin:
+            yield hosts[begin:end]
+            begin = end
+
+
+def roll_out(
+    hosts: Sequence[str], work: Callable[[str], T], *, staged: bool = True, at_once: int = AT_ONCE
+) -> tuple[Ended[T], ...]:
+    """Do it on every host, stage by stage, until one fails; those of its stage that have begun are ended first."""
+    ended: dict[str, Ended[T]] = {}
+    for stage in stages(hosts, staged=staged):
+        with ThreadPoolExecutor(max_workers=at_once, thread_name_prefix="flash") as pool:
+            for result in pool.map(lambda host: _one(host, work), stage):
+                ended[result.host] = result
+        if any(each.error for each in ended.values()):
+            break
+    return tuple(ended.get(host, Ended(host=host)) for host in dict.fromkeys(hosts))
+
+
+def _one(host: str, work: Callable[[str], T]) -> Ended[T]:
+    try:
+        return Ended(host=host, result=work(host))
+    except FlashError as error:
+        return Ended(host=host, error=error)

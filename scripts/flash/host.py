@@ -1,0 +1,269 @@
+"""One device over SSH, by fabric: commands, root's too, and files that are sent on from where a cut link left them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import socket
+import time
+from base64 import b64encode
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import paramiko
+from fabric import Connection
+from invoke.exceptions import CommandTimedOut
+
+from scripts.flash.errors import HostDistrusted, HostFailed, HostUnreachable
+
+KNOWN_HOSTS = Path("~/.ssh/known_hosts")
+CONNECT_S, COMMAND_S = 15.0, 120.0
+ALIVE_S = 10
+"""Between two signs of life. Two that stay out are a link that went away."""
+ATTEMPTS, PAUSE_S = 5, 3.0
+"""To take up a transfer again."""
+BLOCK_BYTES = 1 << 18
+
+Line = Callable[[dict[str, Any]], None]
+
+
+class Host:
+    """name: [user@]host[:port], or one of ~/.ssh/config. key: a private key's file; else the agent's and ~/.ssh's.
+
+    sudo: the password that sudo asks for there, if it asks. Raises HostUnreachable, HostDistrusted wherever it talks to
+    the device.
+    """
+
+    def __init__(
+        self, name: str, *, key: Path | None = None, known_hosts: Path = KNOWN_HOSTS, sudo: str | None = None
+    ) -> None:
+        self.name = name
+        self._key, self._known, self._sudo = key, known_hosts.expanduser(), sudo
+        self._held: paramiko.Channel | None = None
+        self._connection = self._connect()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the device."""
+        if self._held is not None:
+            self._held.close()
+        self._connection.close()
+
+    @property
+    def local_address(self) -> str:
+        """Ours, as the device sees it; loopback's if that can't be told (through another host, say)."""
+        transport = self._connection.transport
+        sock = transport.sock if transport is not None else None
+        return str(sock.getsockname()[0]) if isinstance(sock, socket.socket) else "127.0.0.1"
+
+    def reconnect(self) -> None:
+        """After a link went away."""
+        self.close()
+        self._connection = self._connect()
+
+    def run(self, command: str, *, root: bool = False, timeout_s: float = COMMAND_S, line: Line | None = None) -> str:
+        """What a command prints. line: takes each JSON object of its output as it comes.
+
+        Raises HostFailed with the last line that it said on standard error, if it ended with another code than 0.
+        """
+        sink = _Lines(line) if line else StringIO()
+        secret = StringIO(f"{self._sudo}\n") if root and self._sudo is not None else False
+        try:
+            done = self._connection.run(
+                self._as_root(command) if root else command,
+                hide=True,
+                warn=True,
+                in_stream=secret,
+                out_stream=sink,
+                err_stream=StringIO(),
+                timeout=int(timeout_s),
+            )
+        except CommandTimedOut:
+            raise HostFailed(f"{self.name}: no answer within {timeout_s:.0f} s to `{command[:60]}`") from None
+        except (OSError, EOFError, paramiko.SSHException) as error:
+            raise HostUnreachable(f"{self.name}: the link went away: {_said(error)}") from None
+        if done.exited == -1:
+            raise HostUnreachable(f"{self.name}: the link went away")
+        if done.exited:
+            said = (done.stderr or done.stdout).strip().splitlines()
+            reason = said[-1] if said else f"`{command[:60]}` ended with code {done.exited}"
+            raise HostFailed(f"{self.name}: {_sudo_words(reason.removeprefix('kvbus: '))}")
+        text: str = done.stdout
+        return text
+
+    def ask(self, command: str, *, root: bool = False, timeout_s: float = COMMAND_S) -> dict[str, Any]:
+        """The JSON object that a command prints last. Raises as `run` does."""
+        lines = [line for line in self.run(command, root=root, timeout_s=timeout_s).splitlines() if line.strip()]
+        try:
+            found: dict[str, Any] = json.loads(lines[-1])
+        except (IndexError, ValueError):
+            raise HostFailed(f"{self.name}: no answer to `{command[:60]}`, but: {lines[-1:]}") from None
+        return found
+
+    def hold(self, command: str) -> None:
+        """Keep a command of root's running that says {"held": true} and ends with us. Raises HostFailed."""
+        transport = self._connection.transport
+        assert transport is not None  # noqa: S101
+        try:
+            channel = transport.open_session(timeout=CONNECT_S)
+            channel.settimeout(CONNECT_S * 4)
+            channel.exec_command(self._as_root(command))
+            if self._sudo is not None:
+                channel.sendall(f"{self._sudo}\n".encode())
+            said = channel.makefile("r").readline()
+            if '"held"' not in said:
+                reason = channel.makefile_stderr("r").read().decode(errors="replace").strip().splitlines()
+                raise HostFailed(f"{self.name}: {reason[-1].removeprefix('kvbus: ') if reason else 'no answer'}")
+        except (OSError, EOFError, paramiko.SSHException) as error:
+            raise HostUnreachable(f"{self.name}: the link went away: {_said(error)}") from None
+        self._held = channel
+
+    def send(self, source: Path, target: str, said: Callable[[int], None], *, again: Callable[[str], None]) -> int:
+        """Put a file there, on from where an earlier attempt ended; if the link is cut, some more times. Bytes sent.
+
+        target is there only when it is whole. said: bytes that are there by now. again: hears why it has to go on.
+        """
+        sent = 0
+
+        def counted(there: int, nbytes: int) -> None:
+            nonlocal sent
+            sent += nbytes
+            said(there)
+
+        for attempt in range(ATTEMPTS):
+            try:
+                self._send(source, target, counted)
+            except (OSError, EOFError, paramiko.SSHException, HostUnreachable) as error:
+                if isinstance(error, OSError) and "No space" in str(error):
+                    raise HostFailed(f"{self.name}: no space left for {source.name}") from None
+                if attempt + 1 == ATTEMPTS:
+                    raise HostUnreachable(f"{self.name}: the link went away {ATTEMPTS} times: {_said(error)}") from None
+                again(_said(error))
+                time.sleep(PAUSE_S * (attempt + 1))
+                try:
+                    self.reconnect()
+                except HostUnreachable:
+                    continue
+            else:
+                break
+        return sent
+
+    def _send(self, source: Path, target: str, said: Callable[[int, int], None]) -> None:
+        sftp = self._connection.sftp()
+        size = source.stat().st_size
+        if _size(sftp, target) == size:
+            said(size, 0)
+            return
+        unfinished = f"{target}.part"
+        there = _size(sftp, unfinished)
+        if there > size:
+            sftp.remove(unfinished)
+            there = 0
+        with source.open("rb") as file, sftp.open(unfinished, "ab") as remote:
+            remote.set_pipelined(True)
+            file.seek(there)
+            while block := file.read(BLOCK_BYTES):
+                remote.write(block)
+                there += len(block)
+                said(there, len(block))
+        if _size(sftp, unfinished) != size:
+            sftp.remove(unfinished)
+            raise OSError("not all of it arrived")
+        sftp.posix_rename(unfinished, target)
+
+    def write(self, content: bytes, target: str) -> None:
+        """Put a small file there, for its owner alone."""
+        try:
+            sftp = self._connection.sftp()
+            with sftp.open(f"{target}.part", "wb") as remote:
+                sftp.chmod(f"{target}.part", 0o600)
+                remote.write(content)
+            sftp.posix_rename(f"{target}.part", target)
+        except (OSError, EOFError, paramiko.SSHException) as error:
+            raise HostFailed(f"{self.name}: can't write {target}: {_said(error)}") from None
+
+    def _as_root(self, command: str) -> str:
+        if self._sudo is None:
+            return f'if [ "$(id -u)" = 0 ]; then {command}; else sudo -n {command}; fi'
+        return f"sudo -S -p '' {command}"
+
+    def _connect(self) -> Connection:
+        options: dict[str, Any] = {"key_filename": str(self._key.expanduser())} if self._key else {}
+        options |= {"banner_timeout": CONNECT_S * 4, "auth_timeout": CONNECT_S * 2}
+        try:
+            connection = Connection(self.name, connect_timeout=int(CONNECT_S), connect_kwargs=options)
+            client = connection.client
+            client.load_system_host_keys()
+            self._known.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._known.touch(mode=0o600)
+            client.load_host_keys(str(self._known))  # where a host is noted that was never seen before
+            connection.open()
+        except paramiko.BadHostKeyException as error:
+            raise HostDistrusted(
+                f"{self.name} has another key ({_fingerprint(error.key)}) than {self._known} says; if the device was "
+                f"set up anew: ssh-keygen -R '{error.hostname}'"
+            ) from None
+        except paramiko.PasswordRequiredException as error:
+            raise HostDistrusted(f"{self.name}: the private key has a passphrase; ssh-add it first ({error})") from None
+        except paramiko.AuthenticationException:
+            raise HostDistrusted(f"{self.name} does not let us in; try `ssh-copy-id {self.name}`") from None
+        except (socket.gaierror, ValueError) as error:
+            raise HostUnreachable(f"{self.name}: no such host: {_said(error)}") from None
+        except (OSError, EOFError, paramiko.SSHException) as error:
+            raise HostUnreachable(f"{self.name} can't be reached: {_said(error)}") from None
+        assert connection.transport is not None  # noqa: S101
+        connection.transport.set_keepalive(ALIVE_S)
+        return connection
+
+
+class _Lines:
+    """A stream that hands on each line of JSON."""
+
+    def __init__(self, line: Line) -> None:
+        self._line, self._rest = line, ""
+
+    def write(self, text: str) -> int:
+        *whole, self._rest = (self._rest + text).split("\n")
+        for each in whole:
+            if each.startswith("{"):
+                self._line(json.loads(each))
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing is kept but half a line."""
+
+
+def quoted(*words: str) -> str:
+    """A command for a shell."""
+    return shlex.join(words)
+
+
+def _size(sftp: paramiko.SFTPClient, path: str) -> int:
+    try:
+        return sftp.stat(path).st_size or 0
+    except FileNotFoundError:
+        return 0
+
+
+def _fingerprint(key: paramiko.PKey) -> str:
+    return "SHA256:" + b64encode(hashlib.sha256(key.asbytes()).digest()).decode().rstrip("=")
+
+
+def _sudo_words(reason: str) -> str:
+    if "a password is required" in reason or "a terminal is required" in reason:
+        return "sudo asks for a password there; --ask-sudo has you type it"
+    return reason
+
+
+def _said(error: Exception) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(text).split())
