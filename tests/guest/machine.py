@@ -90,6 +90,11 @@ class Machine:
         return done
 
     @property
+    def key(self) -> Path:
+        """What lets us in."""
+        return self._image.key
+
+    @property
     def options(self) -> list[str]:
         """Of ssh."""
         settings = ("StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR", "ConnectTimeout=10")
