@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from rich.markup import escape
 from rich.table import Table
 
-from broker_config.messages import FROM_IDS, ContextInfo, LinkReport, PredictionError, RoundReport, Stages
+from broker_config.messages import FROM_IDS, ContextInfo, LinkReport, PredictionError, RoundReport, Stages, Telemetry
 from coordinator.fleet import Fleet
 
 STAGE_NAMES = {
@@ -120,6 +120,11 @@ def _kept(context: ContextInfo) -> str:
     return f"cache {context.rung or ''}".rstrip() + ("" if context.cache_bytes else ", on disk")
 
 
+def _strains(telemetry: Telemetry) -> tuple[str, ...]:
+    """What holds the device back now."""
+    return telemetry.health.now if telemetry.health else ()
+
+
 def fleet_table(fleet: Fleet) -> Table:
     """The agents of a site."""
     table = Table(title="agents")
@@ -134,7 +139,9 @@ def fleet_table(fleet: Fleet) -> Table:
         link, speed = telemetry.link, telemetry.speed
         table.add_row(
             agent,
-            "two agents share this id!" if state.duplicate or telemetry.note else "online",
+            "two agents share this id!"
+            if state.duplicate or telemetry.note
+            else ", ".join(("online", *_strains(telemetry))),
             escape(f"{model.name} {model.weight_precision}") if model else "–",
             f"{telemetry.memory.pressure:.2f}",
             f"{rate(link.uplink_bps or 0)} / {rate(link.downlink_bps or 0)}",

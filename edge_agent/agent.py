@@ -16,6 +16,7 @@ from broker_config.messages import (
     AnswerOrder,
     CancelOrder,
     ContextReply,
+    Health,
     ListContexts,
     Order,
     PaceOrder,
@@ -27,6 +28,7 @@ from broker_config.messages import (
     new_id,
 )
 from broker_config.transfer import Inbox
+from edge_agent import health
 from edge_agent.answering import Answering
 from edge_agent.context_facts import ContextFacts
 from edge_agent.engine import Engine
@@ -48,6 +50,8 @@ from edge_agent.tasks import Tasks, last_words
 log = logging.getLogger(__name__)
 
 MEGA = 1_000_000
+HEALTH_EVERY = 5
+"""Reports: heat is slow, and asking for it costs some reading of files."""
 OWN_LIMIT_BYTES = 1 << 62
 """Of a cache that this agent has made itself: none, for disk is bounded already."""
 
@@ -65,6 +69,7 @@ class Agent:
         self._announced = False
         self._note = ""
         self._speed_words = ""
+        self._health: Health | None = None
 
     async def run(self) -> None:
         """Load the model, join the bus, work until cancelled. Raises BundleInvalid, ModelUnsupported, SpillFailed."""
@@ -196,6 +201,8 @@ class Agent:
     async def _report(self, control: Bus) -> None:
         while True:
             await self._library.scan()
+            if self._sequence % HEALTH_EVERY == 0:
+                self._health = await asyncio.to_thread(health.measure)
             memory = measure(self._store.cache_bytes, self._store.budget_bytes)
             telemetry = Telemetry(
                 agent=self._name,
@@ -209,6 +216,7 @@ class Agent:
                 sending=self._link.progress,
                 queued=self._engine.turns.waiting,
                 note=self._note,
+                health=self._health,
             )
             self._sequence += 1
             try:

@@ -16,10 +16,12 @@ from broker_config.errors import BusError
 from broker_config.settings import describe, load_toml
 from edge_agent import logs
 from edge_agent.agent import Agent
+from edge_agent.doctor import examine
 from edge_agent.errors import AgentError
 from edge_agent.facts import Extractor
 from edge_agent.model.manifest import read_manifest, verify_digests
 from edge_agent.notify import keep_alive
+from edge_agent.release.place import CONFIGURATION, Place
 from edge_agent.settings import AgentSettings
 
 app = typer.Typer(
@@ -34,6 +36,10 @@ app = typer.Typer(
 
 PLAIN_TEXT = "The bridge over the river was closed on 4 May 2021 after the water had risen by 3.2 metres."
 """Facts are looked for in it by `check`, to see that what finds them is there."""
+
+
+INSTALLED = Place().root / "current" / CONFIGURATION
+"""Where a flashed device has its configuration."""
 
 
 class Level(StrEnum):
@@ -90,6 +96,24 @@ def check(configuration: Annotated[Path, typer.Argument(help="TOML file of the a
     extractor = Extractor(spacy_model=settings.facts.spacy_model or None)
     found = extractor.extract(PLAIN_TEXT)
     typer.echo(f"facts: {len(found)} found in a sentence{f'; {extractor.note}' if extractor.note else ''}")
+
+
+@app.command()
+def doctor(
+    configuration: Annotated[Path, typer.Argument(help="TOML file of the agent.")] = INSTALLED,
+) -> None:
+    """Look for what is wrong: configuration, model, memory, disk, clock, heat, service, broker, a twin."""
+
+    async def work() -> bool:
+        well = True
+        async for finding in examine(configuration):
+            typer.echo(str(finding))
+            well = well and finding.state != "wrong"
+        return well
+
+    logs.set_up("critical", plain=True)
+    if not asyncio.run(work()):
+        raise typer.Exit(1)
 
 
 @app.command()

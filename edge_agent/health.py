@@ -41,6 +41,9 @@ def measure(root: Path = SYS, *, vcgencmd: str = "vcgencmd") -> Health | None:
         known = True
         if present:
             now[strain] = None
+    counts = [count for path in (root / "class" / "hwmon").glob("hwmon*/oc*_event_cnt") if (count := _number(path))]
+    if counts:
+        known, earlier["over-current"] = True, None
     if temperature_c is None and not known:
         return None
     return Health(
@@ -66,7 +69,9 @@ def _firmware_word(root: Path, vcgencmd: str) -> int | None:
     if not (root / "firmware/devicetree/base/model").exists():
         return None  # no board of this kind: no need to start a program every time
     try:
-        done = subprocess.run([vcgencmd, "get_throttled"], capture_output=True, text=True, timeout=VCGENCMD_S, check=False)
+        done = subprocess.run(
+            [vcgencmd, "get_throttled"], capture_output=True, text=True, timeout=VCGENCMD_S, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     found = re.fullmatch(r"throttled=(0x[0-9a-fA-F]+)\s*", done.stdout)

@@ -3,6 +3,7 @@
 from broker_config.messages.agents import (
     CodecSpeed,
     ContextInfo,
+    Health,
     LinkQuality,
     Memory,
     ModelInfo,
@@ -84,6 +85,7 @@ __all__ = [
     "EndState",
     "Ended",
     "GiveContext",
+    "Health",
     "LinkQuality",
     "LinkReport",
     "ListContexts",

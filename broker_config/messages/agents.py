@@ -94,6 +94,21 @@ class Memory(Struct, frozen=True, kw_only=True):
     stalled_share: Fraction | None = None
 
 
+Strain = Literal["undervoltage", "frequency-capped", "throttled", "soft-temperature-limit", "over-current"]
+"""What holds a board back, in the words of its firmware."""
+
+
+class Health(Struct, frozen=True, kw_only=True):
+    """How a device bears its work. now: what holds it back; earlier: what did since its start, but not now.
+
+    temperature_c: of the hottest sensor, in °C.
+    """
+
+    temperature_c: Annotated[float, Meta(ge=-100, le=200)] | None = None
+    now: Annotated[tuple[Strain, ...], Meta(max_length=8)] = ()
+    earlier: Annotated[tuple[Strain, ...], Meta(max_length=8)] = ()
+
+
 class LinkQuality(Struct, frozen=True, kw_only=True):
     """An agent's access link to the broker, as measured by itself. None: not measured yet."""
 
@@ -169,3 +184,4 @@ class Telemetry(Message, frozen=True, kw_only=True, tag="telemetry"):
     sending: Annotated[tuple[SendProgress, ...], Meta(max_length=64)] = ()
     queued: Count = 0
     note: Reason = ""
+    health: Health | None = None

@@ -41,7 +41,7 @@ def unpack(archive: Path, layer: Layer, store: Path, progress: Callable[[int], N
             raise LayerDamaged(f"{archive.name} is not the layer {layer.sha256[:12]}: its digest is another")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(mode=0o755)
-        _extract(archive, unfinished, progress)
+        _extract(archive, layer, unfinished, progress)
         os.sync()
         unfinished.rename(target)
         sync_folder(store)
@@ -54,13 +54,15 @@ def unpack(archive: Path, layer: Layer, store: Path, progress: Callable[[int], N
     return target
 
 
-def _extract(archive: Path, target: Path, progress: Callable[[int], None]) -> None:
+def _extract(archive: Path, layer: Layer, target: Path, progress: Callable[[int], None]) -> None:
     done = 0
     with tarfile.open(archive, "r:*") as tar:
         for member in tar:
             inside = PurePosixPath(member.name)
             if inside.is_absolute() or ".." in inside.parts or not (member.isreg() or member.isdir()):
                 raise LayerDamaged(f"{archive.name} holds {member.name!r}, which no layer may hold")
+            if done + member.size > layer.unpacked_bytes:
+                raise LayerDamaged(f"{archive.name} holds more than the {layer.unpacked_bytes} bytes it is said to")
             path = target / inside
             if member.isdir():
                 path.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -74,6 +76,8 @@ def _extract(archive: Path, target: Path, progress: Callable[[int], None]) -> No
             os.utime(path, (member.mtime, member.mtime))
             done += member.size
             progress(done)
+    if done != layer.unpacked_bytes:
+        raise LayerDamaged(f"{archive.name} holds {done} bytes, not {layer.unpacked_bytes}")
 
 
 def forget_others(store: Path, kept: set[str]) -> int:

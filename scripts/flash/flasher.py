@@ -15,6 +15,7 @@ from typing import Any
 
 from broker_config.settings import BrokerSettings
 from edge_agent.release.install import SPARE_BYTES
+from edge_agent.release.layers import digest_of
 from edge_agent.release.manifest import Release
 from edge_agent.release.place import MANIFEST, SIGNATURE
 from scripts.flash.bundle import Bundle
@@ -91,14 +92,16 @@ class Flasher:
         bundle = self._orders.bundle(python, machine)
         staging = self._staging()
         self._host.run(f"mkdir -p -m 700 {staging}")
-        self._put(bundle.installer, f"{staging}/installer.pyz")
-        self._installer = f"{pythons[python]} -I {staging}/installer.pyz"
+        installer = f"{staging}/installer-{digest_of(bundle.installer)[:12]}.pyz"
+        self._put(bundle.installer, installer)
+        self._installer = f"{pythons[python]} -I {installer}"
         facts = self._host.ask(
             f"{self._installer} facts --broker {quoted(_address(device.settings.broker))}", root=True
         )
         missing = [each for each in bundle.release.layers.values() if each.sha256 not in facts["layers"]]
         self._check(facts, bundle.release, device)
         if self._orders.dry_run:
+            self._host.run(f"rm {installer}; rmdir --ignore-fail-on-non-empty {staging}")
             return Flashed(
                 agent=device.settings.agent,
                 release=bundle.release.version,

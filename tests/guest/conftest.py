@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from coordinator.fleet import AgentState
+from scripts.prepare_model.cache import cache_root
 from tests.guest.image import USER, image, missing
 from tests.guest.machine import HOST, Machine
 from tests.integration.conftest import SITE, Site, running_site
@@ -85,7 +86,12 @@ class Bench:
             *("--agent", AGENT, "--site", SITE, "--model", str(bundle or self.bundle)),
             *("--broker", f"{HOST}:{port}", "--broker-here", f"127.0.0.1:{port}"),
             *(("--users", str(self.folder / "users")) if broker else ("--open-broker",)),
-            *("--folder", str(self.folder / "bundle"), "--site-key", str(self.folder / "site-key.pem")),
+            *(
+                "--folder",
+                str(cache_root() / "tests" / "device-bundle"),
+                "--site-key",
+                str(self.folder / "site-key.pem"),
+            ),
             *words,
         ]
 
