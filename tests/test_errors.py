@@ -11,7 +11,9 @@ import pytest
 from broker_config import errors as bus
 from coordinator import errors as coordinator
 from edge_agent import errors as agent
+from edge_agent.release import errors as release
 from scripts.evaluate import errors as evaluation
+from scripts.flash import errors as flash
 from scripts.link import errors as link
 from scripts.policies import errors as policies
 from scripts.prepare_model import errors as preparation
@@ -21,9 +23,11 @@ ROOTS: dict[ModuleType, type[Exception]] = {
     agent: agent.AgentError,
     coordinator: coordinator.CoordinatorError,
     evaluation: evaluation.EvaluationError,
+    flash: flash.FlashError,
     link: link.LinkError,
     policies: policies.PoliciesError,
     preparation: preparation.PreparationError,
+    release: release.ReleaseError,
 }
 packages = pytest.mark.parametrize("module", ROOTS, ids=lambda module: module.__name__)
 

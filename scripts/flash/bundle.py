@@ -5,7 +5,8 @@ build/device-bundle/
     releases/py3.11-aarch64.json     the manifest, and beside it .sig and .wheels.json, what it was made of
     installer.pyz                    what unpacks it there
     site.pub                         the key by which devices know later releases
-    recipes.json                     from which inputs each layer was made, so that it isn't made twice
+    recipes.json, resolved/          from which inputs each layer was made, so that it isn't made twice: once it is all
+                                     there, nothing is asked of the internet any more
 
 The same inputs give the same bytes: files are sorted, their times fixed, wheels taken by their hashes.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -26,17 +27,17 @@ from broker_config.files import write_whole
 from broker_config.messages import PROTOCOL_VERSION
 from edge_agent.errors import AgentError
 from edge_agent.model.manifest import MANIFEST_NAME, read_manifest, verify_digests
-from edge_agent.release.errors import ReleaseInvalid
-from edge_agent.release.manifest import Layer, Release, read_release
+from edge_agent.release.manifest import Layer, Release
 from scripts.flash.archive import FILTERS, MTIME, Files, tree, write_layer, zip_app
 from scripts.flash.errors import BundleFailed
 from scripts.flash.keys import SiteKey
-from scripts.flash.wheels import ROOT, UNUSED, Target, Wheel, is_unused, resolve, unpack
+from scripts.flash.wheels import ROOT, UNUSED, Target, Wheel, is_unused, question, resolve, unpack
 
 DEFAULT_FOLDER = Path("build/device-bundle")
 AGENT_ROOMS = ("broker_config", "edge_agent")
 RUNTIME, AGENT, MODEL = "runtime", "agent", "model"
 _RECIPES = "recipes.json"
+PUBLIC_KEY = "site.pub"
 _MAIN = b"import sys\nfrom edge_agent.release.cli import main\nsys.exit(main())\n"
 
 Say = Callable[[str, int, int], None]
@@ -45,11 +46,12 @@ Say = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """What was built for one target. wheels: the packages in its runtime."""
+    """What was built for one target. public_key: the site's; wheels: the packages in its runtime."""
 
     folder: Path
     release: Release
     signature: bytes
+    public_key: bytes
     wheels: tuple[Wheel, ...]
 
     def layer(self, sha256: str) -> Path:
@@ -60,11 +62,6 @@ class Bundle:
     def installer(self) -> Path:
         """What unpacks it on a device."""
         return self.folder / "installer.pyz"
-
-    @property
-    def key(self) -> Path:
-        """The site's public key."""
-        return self.folder / "site.pub"
 
 
 def build(
@@ -86,8 +83,7 @@ def build(
     except AgentError as error:
         raise BundleFailed(f"no model to put on a device: {error}") from None
     recipes = _recipes(folder)
-    say(f"wheels for Python {target.python}", 0, 0)
-    wheels = resolve(target, requirements)
+    wheels = _resolved(folder, target, requirements, say)
     runtime = [asdict(wheel) for wheel in wheels]
 
     def packages() -> Layer:
@@ -118,31 +114,19 @@ def build(
         python=target.python,
         layers=layers,
     )
-    bundle = Bundle(folder=folder, release=release, signature=key.sign(release.to_bytes()), wheels=wheels)
+    bundle = Bundle(
+        folder=folder,
+        release=release,
+        signature=key.sign(release.to_bytes()),
+        public_key=key.public,
+        wheels=wheels,
+    )
     write_whole(bundle.installer, installer())
-    write_whole(bundle.key, key.public)
+    write_whole(folder / PUBLIC_KEY, key.public)
     name = folder / "releases" / f"py{target.python}-{target.machine}"
     write_whole(name.with_name(f"{name.name}.json"), release.to_bytes())
     write_whole(name.with_name(f"{name.name}.sig"), bundle.signature)
     write_whole(name.with_name(f"{name.name}.wheels.json"), json.dumps(runtime, indent=1).encode() + b"\n")
-    return bundle
-
-
-def read_bundle(folder: Path, target: Target) -> Bundle:
-    """What `build` has made, without making anything. Raises BundleFailed."""
-    name = folder / "releases" / f"py{target.python}-{target.machine}"
-    try:
-        release = read_release(name.with_name(f"{name.name}.json").read_bytes())
-        signature = name.with_name(f"{name.name}.sig").read_bytes()
-        wheels = msgspec.json.decode(name.with_name(f"{name.name}.wheels.json").read_bytes(), type=tuple[Wheel, ...])
-    except (OSError, ReleaseInvalid, msgspec.MsgspecError) as error:
-        raise BundleFailed(
-            f"no bundle for Python {target.python} in {folder}: {error}; run `make device-bundle`"
-        ) from None
-    bundle = Bundle(folder=folder, release=release, signature=signature, wheels=wheels)
-    for layer in release.layers.values():
-        if not bundle.layer(layer.sha256).exists():
-            raise BundleFailed(f"{bundle.layer(layer.sha256)} is missing; run `make device-bundle`")
     return bundle
 
 
@@ -195,6 +179,18 @@ def _layer(folder: Path, files: Files, title: str, say: Say, *, compress: bool) 
     return write_layer(folder / "layers", files, compress=compress, done=done)
 
 
+def _resolved(folder: Path, target: Target, requirements: Sequence[str], say: Say) -> tuple[Wheel, ...]:
+    """Which wheels: asked of the index once, so that a device can be flashed where there is no internet."""
+    known = folder / "resolved" / f"{_key(*question(target, requirements))[:32]}.json"
+    try:
+        return msgspec.json.decode(known.read_bytes(), type=tuple[Wheel, ...])
+    except (OSError, msgspec.MsgspecError):
+        say(f"looking for wheels for Python {target.python}", 0, 0)
+        wheels = resolve(target, requirements)
+        write_whole(known, msgspec.json.encode(wheels))
+        return wheels
+
+
 def _key(*inputs: object) -> str:
     return hashlib.sha256(json.dumps([*inputs, MTIME, str(FILTERS)]).encode()).hexdigest()
 
@@ -217,8 +213,3 @@ def _made(folder: Path, recipes: dict[str, Layer], key: str, make: Callable[[], 
     recipes[key] = layer
     write_whole(folder / _RECIPES, msgspec.json.encode(recipes))
     return layer
-
-
-def sizes(release: Release) -> Mapping[str, tuple[int, int]]:
-    """Bytes of each layer: sent, and on the device's disk."""
-    return {name: (layer.size_bytes, layer.unpacked_bytes) for name, layer in release.layers.items()}

@@ -18,7 +18,7 @@ from edge_agent.release.install import SPARE_BYTES
 from edge_agent.release.layers import digest_of
 from edge_agent.release.manifest import Release
 from edge_agent.release.place import MANIFEST, SIGNATURE
-from scripts.flash.bundle import Bundle
+from scripts.flash.bundle import PUBLIC_KEY, Bundle
 from scripts.flash.device import Device
 from scripts.flash.errors import FlashError, HostFailed, HostUnfit, HostUnreachable
 from scripts.flash.host import Host, quoted
@@ -120,7 +120,7 @@ class Flasher:
         for name, content in (
             (MANIFEST, bundle.release.to_bytes()),
             (SIGNATURE, bundle.signature),
-            ("site.pub", bundle.key.read_bytes()),
+            (PUBLIC_KEY, bundle.public_key),
             *device.own.items(),
         ):
             self._host.write(content, f"{staging}/{name}")

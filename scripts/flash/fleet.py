@@ -31,7 +31,7 @@ def stages(hosts: Sequence[str], *, staged: bool = True) -> Iterator[tuple[str, 
     ends = (1, 1 + round(SOME * len(hosts)), len(hosts)) if staged else (len(hosts),)
     begin = 0
     for end in ends:
-        if end > begin:
+        if hosts[begin:end]:
             yield hosts[begin:end]
             begin = end
 

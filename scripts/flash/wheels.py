@@ -121,6 +121,12 @@ def resolve(target: Target, requirements: Sequence[str] = ()) -> tuple[Wheel, ..
     )
 
 
+def question(target: Target, requirements: Sequence[str] = ()) -> tuple[object, ...]:
+    """All that the answer of `resolve` hangs on, as long as every version is pinned."""
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    return target.python, target.machine, _requirements(requirements), constraints, sorted(NOT_IMPORTED)
+
+
 def unpack(target: Target, wheels: Sequence[Wheel], folder: Path) -> None:
     """Download wheels by their hashes and unpack them. Raises BundleFailed."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:

@@ -1,0 +1,189 @@
+"""A device over SSH, against a real server: what goes wrong is one line, and what was sent is not sent again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from getpass import getuser
+from pathlib import Path
+
+import pytest
+
+from scripts.demo.processes import free_port
+from scripts.flash import host as hosts
+from scripts.flash.errors import HostDistrusted, HostFailed, HostUnreachable
+from scripts.flash.host import Host
+
+pytestmark = pytest.mark.integration
+
+SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+
+
+@dataclass
+class Server:
+    """One that lets us in by a key."""
+
+    folder: Path
+    port: int
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{getuser()}@127.0.0.1:{self.port}"
+
+    @property
+    def key(self) -> Path:
+        return self.folder / "id"
+
+    def host(self, *, key: Path | None = None, known_hosts: Path | None = None) -> Host:
+        return Host(self.name, key=key or self.key, known_hosts=known_hosts or self.folder / "known")
+
+    def start(self) -> None:
+        assert SSHD is not None
+        self.process = subprocess.Popen(
+            [SSHD, "-D", "-e", "-f", str(self.folder / "sshd_config")], stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 10
+        while (
+            subprocess.run(["ssh-keyscan", "-p", str(self.port), "127.0.0.1"], capture_output=True, check=False).stdout
+            == b""
+        ):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """It and all its connections."""
+        if self.process is not None:
+            subprocess.run(["pkill", "-9", "-P", str(self.process.pid)], check=False)
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    if SSHD is None or os.geteuid():
+        pytest.skip("sshd is not installed, or we are not root (apt-get install openssh-server)")
+    Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
+    for name in ("id", "stranger", "host", "other_host"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / name)], check=True)
+    (tmp_path / "authorized").write_bytes((tmp_path / "id.pub").read_bytes())
+    made = Server(tmp_path, free_port())
+    (tmp_path / "sshd_config").write_text(
+        f"Port {made.port}\nListenAddress 127.0.0.1\nHostKey {tmp_path}/host\n"
+        f"AuthorizedKeysFile {tmp_path}/authorized\n"
+        "StrictModes no\nPasswordAuthentication no\nUsePAM no\nPermitRootLogin yes\nSubsystem sftp internal-sftp\n"
+        f"PidFile none\nSetEnv HOME={tmp_path}\n"
+    )
+    made.start()
+    yield made
+    made.stop()
+
+
+def test_a_command_gives_what_it_prints_and_a_failure_its_last_line(server: Server) -> None:
+    with server.host() as host:
+        assert host.run("echo one; echo two") == "one\ntwo\n"
+        assert host.ask("echo noise; echo '{\"a\": 1}'") == {"a": 1}
+        told: list[object] = []
+        host.run("echo '{\"b\": 1}'; echo no json; echo '{\"b\": 2}'", line=told.append)
+        assert told == [{"b": 1}, {"b": 2}]
+        assert host.run("id -u", root=True) == "0\n"
+        with pytest.raises(HostFailed, match=r"no such device here$"):
+            host.run("echo first >&2; echo kvbus: no such device here >&2; exit 3")
+        with pytest.raises(HostFailed, match="ended with code 4"):
+            host.run("exit 4")
+        with pytest.raises(HostFailed, match="no answer to"):
+            host.ask("echo nothing")
+        with pytest.raises(HostFailed, match="no answer within 1 s"):
+            host.run("sleep 30", timeout_s=1)
+        assert host.local_address == "127.0.0.1"
+
+
+def test_hosts_that_are_not_who_they_were_or_do_not_let_us_in_are_one_line(server: Server, tmp_path: Path) -> None:
+    with server.host():
+        assert "ssh-ed25519" in (tmp_path / "known").read_text()  # noted at the first meeting
+    other = tmp_path / "known_others"
+    other.write_text(f"[127.0.0.1]:{server.port} {(tmp_path / 'other_host.pub').read_text()}")
+    with pytest.raises(HostDistrusted, match=r"has another key \(SHA256:.*ssh-keygen -R"):
+        server.host(known_hosts=other)
+    with pytest.raises(HostDistrusted, match="does not let us in; try `ssh-copy-id"):
+        server.host(key=tmp_path / "stranger")
+    locked = tmp_path / "locked"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "secret", "-f", str(locked)], check=True)
+    with pytest.raises(HostDistrusted, match=r"does not let us in|has a passphrase"):
+        server.host(key=locked)
+    with pytest.raises(HostUnreachable, match="can't be reached"):
+        Host(f"127.0.0.1:{free_port()}", key=server.key, known_hosts=tmp_path / "known")
+    with pytest.raises(HostUnreachable, match="no such host"):
+        Host("nobody.invalid", key=server.key, known_hosts=tmp_path / "known")
+
+
+def test_a_file_goes_on_from_where_it_was_cut(server: Server, tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    content = os.urandom(3 * hosts.BLOCK_BYTES + 17)
+    source.write_bytes(content)
+    Path(f"{target}.part").write_bytes(content[: hosts.BLOCK_BYTES])
+    told: list[int] = []
+    with server.host() as host:
+        sent = host.send(source, str(target), told.append, again=pytest.fail)
+        assert target.read_bytes() == content
+        assert sent == len(content) - hosts.BLOCK_BYTES
+        assert told[-1] == len(content)
+        assert not Path(f"{target}.part").exists()
+        assert host.send(source, str(target), told.append, again=pytest.fail) == 0
+        Path(f"{target}.part").write_bytes(content + b"more")
+        target.unlink()
+        assert host.send(source, str(target), told.append, again=pytest.fail) == len(content)
+        assert target.read_bytes() == content
+
+
+def test_a_cut_link_is_taken_up_again(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "PAUSE_S", 0.1)
+    source, target = tmp_path / "source", tmp_path / "target"
+    content = os.urandom(40 * hosts.BLOCK_BYTES)
+    source.write_bytes(content)
+    why: list[str] = []
+    cut = False
+
+    def said(there: int) -> None:
+        nonlocal cut
+        if there > len(content) // 2 and not cut:
+            cut = True
+            server.stop()
+            server.start()
+
+    with server.host() as host:
+        sent = host.send(source, str(target), said, again=why.append)
+    assert target.read_bytes() == content
+    assert len(why) == 1
+    assert sent < 2 * len(content)
+
+
+def test_a_link_that_stays_away_is_one_line(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "PAUSE_S", 0.05)
+    (tmp_path / "source").write_bytes(b"x" * 100)
+    with server.host() as host:
+        server.stop()
+        with pytest.raises(HostUnreachable, match="the link went away 5 times"):
+            host.send(tmp_path / "source", str(tmp_path / "target"), lambda _: None, again=lambda _: None)
+        with pytest.raises(HostUnreachable, match="the link went away"):
+            host.run("true")
+
+
+def test_a_lock_is_held_as_long_as_we_are_there(server: Server, tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    command = f'flock --nonblock {lock} sh -c \'echo "{{\\"held\\": true}}"; cat\''
+    with server.host() as one:
+        one.hold(command)
+        with server.host() as other, pytest.raises(HostFailed):
+            other.hold(command)
+    with server.host() as third:
+        deadline = time.monotonic() + 5
+        while subprocess.run(["flock", "--nonblock", str(lock), "true"], check=False).returncode:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        third.hold(command)
