@@ -13,6 +13,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 HOST ?=
+AGENT ?=
+BROKER ?=
+CARD ?=
 DATA ?=
 
 .DEFAULT_GOAL := help
@@ -98,7 +101,13 @@ device-bundle: $(STAMP)  ## Build what devices need, signed, to be flashed witho
 flash: $(STAMP)  ## Put an agent on a device over SSH: HOST=pi@raspberrypi.local, several in quotes. ARGS=--dry-run looks.
 	@test -n "$(HOST)" || { echo "say which device: make flash HOST=pi@raspberrypi.local"; exit 2; }
 	$(BIN)/python -m scripts.prepare_model
-	$(BIN)/python -m scripts.flash flash $(HOST) $(ARGS)
+	$(BIN)/python -m scripts.flash flash $(HOST) $(if $(AGENT),--agent $(AGENT)) $(if $(BROKER),--broker $(BROKER)) $(ARGS)
+
+.PHONY: image
+image: $(STAMP)  ## Have a card install an agent at its first start: CARD=/media/me/bootfs (or an .img) AGENT= BROKER=.
+	@test -n "$(CARD)" -a -n "$(AGENT)" -a -n "$(BROKER)" || { echo "say which card, agent and broker: make image CARD=/media/me/bootfs AGENT=kitchen BROKER=192.168.1.10"; exit 2; }
+	$(BIN)/python -m scripts.prepare_model
+	$(BIN)/python -m scripts.flash image $(CARD) --agent $(AGENT) --broker $(BROKER) $(ARGS)
 
 .PHONY: flash-status flash-logs flash-rollback unflash
 flash-status flash-logs flash-rollback unflash: $(STAMP)  ## The same devices: how they are, their log, back, off again.

@@ -76,7 +76,11 @@ class Agent:
         bundle = self._settings.bundle_path
         compute = self._settings.compute
         runtime = Runtime(
-            threads=compute.threads, spin=compute.spin, arena=compute.arena, flash_attention=compute.flash_attention
+            threads=compute.threads,
+            spin=compute.spin,
+            arena=compute.arena,
+            flash_attention=compute.flash_attention,
+            provider=compute.provider,
         )
         runtime.share_with_numpy()
         model = await asyncio.to_thread(Model, bundle, runtime, prefill_chunk=compute.prefill_chunk_tokens)

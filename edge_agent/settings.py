@@ -28,6 +28,10 @@ class ComputeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         bool,
         Meta(title="whether memory of a run is kept for the next: faster, a little larger", extra={"unit": ""}),
     ] = True
+    provider: Annotated[
+        str,
+        Meta(title="execution provider of onnxruntime, if its package has another", extra={"unit": ""}, max_length=64),
+    ] = "CPUExecutionProvider"
     flash_attention: Annotated[
         bool,
         Meta(title="tiled attention: less memory with long contexts, slower with short ones", extra={"unit": ""}),

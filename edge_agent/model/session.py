@@ -43,6 +43,7 @@ from edge_agent.model.signature import (
 )
 
 DEFAULT_PREFILL_CHUNK = 128
+CPU = "CPUExecutionProvider"
 _NO_FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 FIRST_CAPACITY = 256
 _NOTHING: Float32 = np.zeros(0, dtype=np.float32)
@@ -54,19 +55,27 @@ class Runtime:
 
     threads: of one run (0: one per core). spin: whether threads spin while a run goes on; they never do between runs.
     arena: whether freed memory is kept for the next run. flash_attention: attention in tiles, which holds less memory
-    when contexts are long; onnxruntime 1.31's is slower than its plain one up to some thousand tokens.
+    when contexts are long; onnxruntime 1.31's is slower than its plain one up to some thousand tokens. provider: of
+    onnxruntime; what it can't do the processor does.
     """
 
     threads: int = 1
     spin: bool = True
     arena: bool = True
     flash_attention: bool = False
+    provider: str = CPU
 
     def session(self, path: Path) -> ort.InferenceSession:
         """A session over the graph at `path`. Raises ModelUnsupported."""
         os.environ[_NO_FLASH] = "0" if self.flash_attention else "1"  # read when a session is made
+        has = ort.get_available_providers()
+        if self.provider not in has:
+            raise ModelUnsupported(
+                f"compute.provider: this onnxruntime has no {self.provider}, but {', '.join(has)}; "
+                "another build of its package may bring it (docs/flash.md, Jetson)"
+            )
         try:
-            return ort.InferenceSession(path, self.options(), providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(path, self.options(), providers=list(dict.fromkeys((self.provider, CPU))))
         except Exception as error:  # noqa: BLE001 onnxruntime raises bare types of its own
             raise ModelUnsupported(f"{path} can't be loaded: {str(error).splitlines()[0]}") from None
 

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from edge_agent.release.place import CONFIGURATION, MANIFEST, PASSWORD, SIGNATUR
 from edge_agent.release.signature import add_packages, check_signature
 from edge_agent.release.units import AGENT
 
+CPU = "CPUExecutionProvider"
 SPARE_BYTES = 64_000_000
 """Of disk that stays free, so that logs and states can still be written."""
 
@@ -78,8 +80,17 @@ def install(place: Place, package: Package, python: Path, say: Callable[[str, fl
     if trusted is None or current is None:
         write_whole(place.key, package.read("site.pub"))
     write_whole(place.installer, Path(sys.argv[0]).read_bytes())
-    system.install_units(place.root, python)
+    system.install_units(place.root, python, devices=_wants_devices(package))
     return name
+
+
+def _wants_devices(package: Package) -> bool:
+    """Whether the agent is told to compute on more than the processor."""
+    try:
+        compute = tomllib.loads(package.read(CONFIGURATION).decode()).get("compute", {})
+    except ValueError as error:
+        raise DeviceUnfit(f"{CONFIGURATION} can't be read: {error}") from None
+    return bool(compute.get("provider", CPU) != CPU)
 
 
 def _fits(release: Release) -> None:

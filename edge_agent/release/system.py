@@ -14,6 +14,7 @@ from edge_agent.release.units import AGENT, SETTLE, STATE, TRIAL, USER, units
 UNITS = Path("/etc/systemd/system")
 COMMAND = Path("/usr/local/bin/edge-agent")
 LONGEST_S = 120.0
+GPU_GROUPS = ("video", "render")
 
 
 class SystemdService:
@@ -55,10 +56,16 @@ def make_user() -> int:
     return grp.getgrnam(USER).gr_gid
 
 
-def install_units(root: Path, python: Path) -> None:
-    """Write the units that are new or have changed, and the command for people. Raises SystemFailed."""
-    changed = False
-    for name, text in units(root, python).items():
+def install_units(root: Path, python: Path, *, devices: bool) -> None:
+    """Write the units that are new or have changed, and the command for people. Raises SystemFailed.
+
+    devices: whether the agent computes on more than the processor.
+    """
+    changed, groups = (
+        False,
+        [each.gr_name for each in grp.getgrall() if each.gr_name in GPU_GROUPS] if devices else None,
+    )
+    for name, text in units(root, python, groups=groups).items():
         path = UNITS / name
         try:
             if not path.exists() or path.read_text(encoding="utf-8") != text:

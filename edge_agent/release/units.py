@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 AGENT, TRIAL, SETTLE = "kvbus-agent.service", "kvbus-trial.service", "kvbus-settle.service"
@@ -46,7 +47,7 @@ Nice=5
 ProtectSystem=strict
 ProtectHome=yes
 PrivateTmp=yes
-PrivateDevices={private_devices}
+{devices}
 ProtectKernelTunables=yes
 ProtectKernelModules=yes
 ProtectKernelLogs=yes
@@ -96,14 +97,14 @@ WantedBy=multi-user.target
 """
 
 
-def units(root: Path, python: Path, *, devices: bool = False) -> dict[str, str]:
-    """Their texts by name. devices: whether the agent may open devices (a GPU)."""
+def units(root: Path, python: Path, *, groups: Sequence[str] | None = None) -> dict[str, str]:
+    """Their texts by name. groups: whose devices the agent may open (a GPU's); None: no devices at all."""
     words = {
         "agent": AGENT,
         "root": root,
         "python": python,
         "user": USER,
         "state": STATE,
-        "private_devices": "no" if devices else "yes",
+        "devices": "PrivateDevices=yes" if groups is None else f"SupplementaryGroups={' '.join(groups)}",
     }
     return {name: text.format(**words) for name, text in ((AGENT, _AGENT), (TRIAL, _TRIAL), (SETTLE, _SETTLE))}

@@ -20,6 +20,7 @@ from broker_config.settings import BrokerSettings
 from broker_config.users import users as names_in
 from coordinator.credentials import DEFAULT_USERS, add_agent
 from scripts.flash import bundle as bundles
+from scripts.flash.card import customise
 from scripts.flash.device import DEFAULT_PORT, DEFAULT_SITE, Device, agent_named, device
 from scripts.flash.errors import BundleFailed, FlashError, HostUnfit
 from scripts.flash.flasher import PROOF_S, TRIAL_S, Flashed, Flasher, Orders
@@ -197,6 +198,53 @@ def flash(
             console.print(line)
     _write(json, {"hosts": [_plain(each) for each in ended]})
     _exit(ended)
+
+
+@app.command("image")
+def make_image(
+    target: Annotated[Path, typer.Argument(help="A card's mounted boot partition (bootfs), or an image (.img).")],
+    packages: Packages,
+    agent: Annotated[str, typer.Option(help="Agent's id.")],
+    broker: Annotated[str, typer.Option(help="The broker as the device will reach it, HOST[:PORT].")],
+    python: Annotated[
+        str, typer.Option(help="The system's Python: 3.13 in Raspberry Pi OS 13, 3.12 in JetPack 7's Ubuntu.")
+    ] = "3.13",
+    site: Annotated[str, typer.Option(help="Name of the site.")] = DEFAULT_SITE,
+    users: Annotated[Path, typer.Option(help="The broker's users file; the device gets a user there.")] = DEFAULT_USERS,
+    open_broker: Annotated[bool, typer.Option("--open-broker", help="The broker wants no users.")] = False,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML of the agent, for what `edge-agent config` lists.", show_default=False)
+    ] = None,
+    model: Model = None,
+    folder: Folder = bundles.DEFAULT_FOLDER,
+    site_key_file: SiteKeyFile = DEFAULT_KEY,
+    machine_name: Annotated[str, typer.Option("--machine", help="Processor, as `uname -m` says it.")] = "aarch64",
+) -> None:
+    """Have a card install an agent at its first start, without any network (docs/flash.md, Cards)."""
+    try:
+        if python not in PYTHONS:
+            raise BundleFailed(f"no bundle for Python {python}: kvbus runs on {', '.join(PYTHONS)}")
+        host, port = _broker(broker, "")
+        own = device(agent, host=host, port=port, site=site, users=None if open_broker else users, configuration=config)
+        with _bars() as bars:
+            shown = _Shown(bars, str(target))
+            bundle = bundles.build(
+                folder,
+                Target(python=python, machine=machine_name),
+                model=model or default_bundle(),
+                key=site_key(site_key_file),
+                requirements=packages,
+                say=shown.bytes,
+            )
+            shown.say("writing and reading back", None)
+            card = customise(target, bundle, own)
+            shown.end("ready")
+    except (FlashError, BusError, OSError) as error:
+        _fail(error)
+    console.print(
+        f"{target}: {card.system}; {len(card.files)} files, {card.nbytes / 1e6:.0f} MB, read back. "
+        f"At its first start agent {agent} is installed and looks for {host}:{port}"
+    )
 
 
 @app.command()

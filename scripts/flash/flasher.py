@@ -27,6 +27,8 @@ from scripts.flash.wheels import PYTHONS
 
 INSTALL_S, TRIAL_S, PROOF_S = 3_600.0, 1_800.0, 1_500.0
 """Longest: unpacking on a slow card; until a device goes back by itself; until its agent has answered."""
+LOOK_S, AWAY_S = 15.0, 100.0
+"""How often a device on trial is looked at, and how long it may be away: a restart takes a minute."""
 CLOCK_OFF_S = 120.0
 """Certificates and logs mind more than this."""
 BESIDE_MODEL_BYTES = 320_000_000
@@ -123,7 +125,10 @@ class Flasher:
             *device.own.items(),
         ):
             self._host.write(content, f"{staging}/{name}")
-        release, in_use = self._install(staging)
+        try:
+            release, in_use = self._install(staging)
+        except HostUnreachable as error:
+            raise _saying(error, f"{error} while it was installed; what ran there runs on") from None
         proof = asyncio.run(self._try(device, release, in_use=in_use))
         self._host.run(f"rm -rf {staging}")
         return Flashed(
@@ -236,16 +241,24 @@ class Flasher:
     async def _proven(self, witness: Witness, release: str, *, in_use: bool) -> Proof:
         """Beside it, look whether the device has given it up by itself (it was restarted, say)."""
         proving = asyncio.create_task(witness.prove(self._orders.proof_s, lambda text: self._say(text, None)))
+        seen_s = time.monotonic()
         try:
             while True:
-                done, _ = await asyncio.wait({proving}, timeout=15.0)
+                done, _ = await asyncio.wait({proving}, timeout=LOOK_S)
                 if done:
                     return proving.result()
-                with suppress(HostUnreachable):
+                try:
                     state = await asyncio.to_thread(self._state)
-                    if not in_use and state["trial"] is None and state["current"] != release:
-                        raise HostFailed(f"{self._host.name}: {state['failure'] or 'the device gave the release up'}")
-                    self._complain(state)
+                except HostUnreachable as error:
+                    away_s = time.monotonic() - seen_s
+                    if away_s > AWAY_S:
+                        raise _saying(error, f"{error}, and it has been away for {away_s:.0f} s") from None
+                    self._say("it is away", None)
+                    continue
+                seen_s = time.monotonic()
+                if not in_use and state["trial"] is None and state["current"] != release:
+                    raise HostFailed(f"{self._host.name}: {state['failure'] or 'the device gave the release up'}")
+                self._complain(state)
         finally:
             proving.cancel()
             with suppress(asyncio.CancelledError, FlashError):

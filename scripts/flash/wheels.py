@@ -65,16 +65,18 @@ the library beside it is for programs in C.)"""
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class Wheel:
-    """One package, as pip chose it."""
+    """One package, as pip chose it. url: where it is, if it was asked for by that, and "" if it is in an index."""
 
     name: str
     version: str
     sha256: str
+    url: str = ""
 
     @property
     def pinned(self) -> str:
         """A line of requirements that nothing else can meet."""
-        return f"{self.name}=={self.version} --hash=sha256:{self.sha256}"
+        what = f"{self.name} @ {self.url}" if self.url else f"{self.name}=={self.version}"
+        return f"{what} --hash=sha256:{self.sha256}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +117,7 @@ def resolve(target: Target, requirements: Sequence[str] = ()) -> tuple[Wheel, ..
                 name=name,
                 version=found[name]["metadata"]["version"],
                 sha256=found[name]["download_info"]["archive_info"]["hashes"]["sha256"],
+                url=found[name]["download_info"]["url"] if found[name]["is_direct"] else "",
             )
             for name in kept
         )
@@ -144,6 +147,8 @@ def is_unused(name: str) -> bool:
 def _requirements(others: Sequence[str]) -> list[str]:
     """The project's own for a device, those replaced that `others` name."""
     named = {_name_of(each) for each in others}
+    if any(name.startswith("onnxruntime-") for name in named):
+        named.add("onnxruntime")  # builds for other processors have its module under names of their own
     own = []
     for line in metadata.requires("kvbus") or ():
         requirement, _, marker = line.partition(";")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from edge_agent.errors import ModelUnsupported
 from edge_agent.model.session import LiveContext, Model, Runtime
 from tests import tiny
 from tests.edge_agent.by_transformers import Case, Context, Float64, Given, compute
@@ -173,3 +174,8 @@ def test_what_a_buffer_holds_beyond_its_entries_is_never_read(family: str, name:
         soiled._buffer._block[layer, :, :, filled:] = np.nan
     for tokens in (case.question, QUESTION[:1]):
         assert np.array_equal(soiled.prefill(tokens), clean.prefill(tokens))
+
+
+def test_a_provider_that_onnxruntime_does_not_have_is_named_with_those_that_it_has(family: str) -> None:
+    with pytest.raises(ModelUnsupported, match=r"has no CUDAExecutionProvider, but .*CPUExecutionProvider"):
+        Model(FAMILIES[family](), Runtime(provider="CUDAExecutionProvider"))

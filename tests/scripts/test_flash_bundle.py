@@ -192,3 +192,26 @@ def test_what_wheels_are_is_asked_again_when_their_versions_change(
     (tmp_path / "constraints.txt").write_text("numpy==1\n")
     monkeypatch.setattr(wheels, "ROOT", tmp_path)
     assert wheels.question(target) != before
+
+
+def test_a_wheel_from_elsewhere_takes_the_place_of_the_usual_one(tmp_path: Path) -> None:
+    """A build of onnxruntime for a GPU, say: its name is another, its module the same."""
+    name = "onnxruntime_gpu-9.9-py3-none-any.whl"
+    made = zip_app(
+        {
+            "onnxruntime/__init__.py": b"# of a GPU\n",
+            "onnxruntime_gpu-9.9.dist-info/METADATA": b"Metadata-Version: 2.1\nName: onnxruntime-gpu\nVersion: 9.9\n",
+            "onnxruntime_gpu-9.9.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+            "onnxruntime_gpu-9.9.dist-info/RECORD": b"",
+        }
+    )
+    (tmp_path / name).write_bytes(made)
+    target = Target(python="3.12")
+    found = resolve(target, [f"onnxruntime-gpu @ file://{tmp_path}/{name}"])
+    (gpu,) = [wheel for wheel in found if wheel.name.startswith("onnxruntime")]
+    assert (gpu.name, gpu.version) == ("onnxruntime-gpu", "9.9")
+    unpack(target, [gpu], tmp_path / "out")
+    assert (tmp_path / "out" / "onnxruntime" / "__init__.py").read_bytes() == b"# of a GPU\n"
+    (tmp_path / name).write_bytes(made + b" ")
+    with pytest.raises(BundleFailed, match="can't get wheels"):
+        unpack(target, [gpu], tmp_path / "again")

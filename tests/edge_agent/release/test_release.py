@@ -360,7 +360,10 @@ def test_units_are_what_systemd_understands(tmp_path: Path) -> None:
         assert "{" not in text
         assert text.count("[Service]") == 1
         assert name.startswith("kvbus-")
-    assert "PrivateDevices=no" in units(tmp_path, PYTHON, devices=True)["kvbus-agent.service"]
+    assert "PrivateDevices=yes" in units(tmp_path, PYTHON)["kvbus-agent.service"]
+    assert (
+        "SupplementaryGroups=video render" in units(tmp_path, PYTHON, groups=["video", "render"])["kvbus-agent.service"]
+    )
 
 
 def test_errors_of_releases_are_one_tree() -> None:
