@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct
 
 from broker_config.messages.base import (
+    PROTOCOL_VERSION,
     AgentId,
     BitsPerSecond,
     Bytes,
@@ -73,13 +74,17 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
 
 
 class Presence(Message, frozen=True, kw_only=True, tag="presence"):
-    """Retained: online with what the agent runs, or offline (said by itself, or by its will)."""
+    """Retained: online with what the agent runs, or offline (said by itself, or by its will).
+
+    protocol: the newest version that it understands.
+    """
 
     agent: AgentId
     instance: Id
     state: Literal["online", "offline"]
     model: ModelInfo | None = None
     software: Annotated[str, Meta(max_length=32)] = ""
+    protocol: Annotated[int, Meta(ge=1, le=2**16)] = PROTOCOL_VERSION
 
 
 class Memory(Struct, frozen=True, kw_only=True):

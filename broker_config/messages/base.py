@@ -15,6 +15,13 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 PROTOCOL_VERSION = 1
+"""The newest version that is understood here."""
+
+SPOKEN_VERSION = max(1, PROTOCOL_VERSION - 1)
+"""What messages say of themselves: the version before, so that neighbours understand one another while a fleet is being
+updated. A field that came later has a default, which is what a receiver that doesn't know it does. A message that the
+version before would misread says its own version, and goes to those only whose presence has it.
+"""
 
 COORDINATOR = "coordinator"
 """Where an agent's id may stand for the coordinator itself, this is its name; no agent may have it."""
@@ -44,9 +51,12 @@ Nats = Annotated[float, Meta(ge=0, le=1e6)]
 
 
 class Message(Struct, frozen=True, kw_only=True, tag_field="type"):
-    """Root of everything that travels. `version` is the protocol's; unknown later fields are ignored on arrival."""
+    """Root of everything that travels. version: the least that has to be known to read it.
 
-    version: Annotated[int, Meta(ge=1, le=PROTOCOL_VERSION)] = PROTOCOL_VERSION
+    Fields that are not known here are ignored on arrival.
+    """
+
+    version: Annotated[int, Meta(ge=1, le=PROTOCOL_VERSION)] = SPOKEN_VERSION
 
 
 _random_bytes: ContextVar[Callable[[int], bytes]] = ContextVar("random bytes of ids", default=secrets.token_bytes)

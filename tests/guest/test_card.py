@@ -14,7 +14,7 @@ from scripts.prepare_model.cache import cache_root
 from tests.guest.conftest import AGENT, Log
 from tests.guest.image import Image, image, missing
 from tests.guest.machine import HOST, Machine
-from tests.integration.conftest import SITE, Site
+from tests.integration.conftest import SITE, Site, running_site
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1_800)]
 
@@ -29,16 +29,21 @@ def copied(folder: Path) -> Image:
     return Image(own)
 
 
-async def test_a_device_joins_at_its_first_start(tmp_path: Path, amqtt_site: Site) -> None:
+async def test_a_device_joins_at_its_first_start(tmp_path: Path, tiny_bundle: Path) -> None:
     why = missing()
     if why:
         pytest.skip(f"{why} (see tests/guest/image.py)")
+    async with running_site("amqtt", tmp_path, tiny_bundle) as site:
+        await joins(site, tmp_path)
+
+
+async def joins(site: Site, tmp_path: Path) -> None:
     log = Log()
     card = await asyncio.to_thread(copied, tmp_path)
     done = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "scripts.flash", "image", str(card.disk), "--agent", AGENT, "--site", SITE),
-        *("--broker", f"{HOST}:{amqtt_site.port}", "--open-broker", "--python", "3.11"),
-        *("--model", str(amqtt_site.bundle), "--site-key", str(tmp_path / "site-key.pem")),
+        *("--broker", f"{HOST}:{site.port}", "--open-broker", "--python", "3.11"),
+        *("--model", str(site.bundle), "--site-key", str(tmp_path / "site-key.pem")),
         *("--folder", str(cache_root() / "tests" / "device-bundle")),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
@@ -51,9 +56,7 @@ async def test_a_device_joins_at_its_first_start(tmp_path: Path, amqtt_site: Sit
         await asyncio.to_thread(machine.power_on)
         for _ in range(8):  # the site waits a minute at a time
             try:
-                state = await amqtt_site.until(
-                    AGENT, lambda state: bool(state.presence and state.presence.state == "online")
-                )
+                state = await site.until(AGENT, lambda state: bool(state.presence and state.presence.state == "online"))
                 break
             except TimeoutError:
                 log(
@@ -65,8 +68,8 @@ async def test_a_device_joins_at_its_first_start(tmp_path: Path, amqtt_site: Sit
             pytest.fail(machine.ssh("sudo journalctl -u kvbus-first-start -u kvbus-agent --no-pager -o cat").stdout)
         assert state.presence is not None
         log(f"on the bus, software {state.presence.software}")
-        await amqtt_site.client.give(AGENT, "north", "The valve is in the north tower.")
-        report = await amqtt_site.client.ask("Which valve?", sources=[AGENT], receiver=AGENT)
+        await site.client.give(AGENT, "north", "The valve is in the north tower.")
+        report = await site.client.ask("Which valve?", sources=[AGENT], receiver=AGENT)
         assert report.state == "answered", report.reason
         assert machine.ssh("ls -d /opt/kvbus-package 2>/dev/null || true").stdout == ""
         assert machine.ssh("systemctl is-active kvbus-agent").stdout.strip() == "active"
