@@ -27,9 +27,14 @@ S = TypeVar("S", bound=Struct)
 class BrokerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where the broker is, who we are there, and how patient we are. password_file holds the password, on one line."""
 
-    host: Annotated[str, Meta(title="host name or address of the MQTT broker", extra={"unit": ""}, min_length=1)] = (
-        "127.0.0.1"
-    )
+    host: Annotated[
+        str,
+        Meta(
+            title="host name or address of the MQTT broker; mdns: found on the local network by the site's name",
+            extra={"unit": ""},
+            min_length=1,
+        ),
+    ] = "127.0.0.1"
     port: Annotated[int, Meta(title="TCP port of the broker", extra={"unit": ""}, ge=1, le=65_535)] = 1883
     username: Annotated[str | None, Meta(title="user at the broker", extra={"unit": ""})] = None
     password_file: Annotated[

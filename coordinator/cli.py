@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from broker_config.broker import EmbeddedBroker, is_loopback
+from broker_config.discovery import Announcement, own_addresses
 from broker_config.errors import BrokerRefusedToStart, BusError
 from broker_config.messages import DEFAULT_QUALITY_FLOOR, Ended, Piece, Planned, RoundEvent, RoundReport
 from broker_config.mosquitto import render
@@ -194,6 +195,9 @@ def broker(
     host: Annotated[str, typer.Option(help="Address to listen on; beyond loopback only with users.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="TCP port.")] = 1883,
     users: Annotated[Path | None, typer.Option(help=USERS_HELP)] = None,
+    announce: Annotated[
+        str | None, typer.Option(help='Announce it by mDNS under this site\'s name, for agents with host = "mdns".')
+    ] = None,
 ) -> None:
     """Run the embedded MQTT broker (for one machine, or a few; for more use Mosquitto)."""
     _set_up_logs()
@@ -201,6 +205,14 @@ def broker(
     async def work() -> None:
         async with EmbeddedBroker(host, port, _users(host, users)):
             structlog.get_logger().info("broker listens", host=host, port=port)
+            await _announced(announce, host, port)
+
+    async def _announced(site: str | None, host: str, port: int) -> None:
+        if site is None:
+            await asyncio.Event().wait()
+        addresses = own_addresses() if host in {"0.0.0.0", "::"} else [host]  # noqa: S104
+        async with Announcement(str(site), port, addresses):
+            structlog.get_logger().info("broker is announced", site=site, addresses=addresses)
             await asyncio.Event().wait()
 
     _do(_until_stopped(work()))

@@ -19,9 +19,11 @@ from typing import Any, Self, TypeVar, cast
 import aiomqtt
 from paho.mqtt.reasoncodes import ReasonCode
 
+from broker_config import discovery
 from broker_config.bus.contract import BusState, Handler, Subscription, Will
 from broker_config.bus.link import ConnectionLost, Inbound, Link, enter, guard_writer, leave, until_lost, why
 from broker_config.bus.routes import Route, Routes
+from broker_config.discovery import MDNS
 from broker_config.errors import BrokerUnreachable, ConfigurationError, MessageRejected, PublishTimeout
 from broker_config.settings import BrokerSettings
 from broker_config.topics import Topic
@@ -217,8 +219,10 @@ class MqttBus:
     async def _one_connection(self) -> str:
         """Connect, serve until the connection ends, and return the reason why it ended."""
         try:
-            client = self._client()
+            client = self._client(*await self._place())
             await enter(client)
+        except BrokerUnreachable as error:
+            return error.why
         except (aiomqtt.MqttError, ConfigurationError) as error:
             return why(error)
         link = Link(client, asyncio.create_task(until_lost(client), name=f"kvbus connection of {self._client_id}"))
@@ -255,11 +259,17 @@ class MqttBus:
             except Exception:  # one hook's mistake must neither end the session nor keep the others from running
                 logger.exception("something that runs at every connect failed")
 
-    def _client(self) -> aiomqtt.Client:
+    async def _place(self) -> tuple[str, int]:
+        """Where the broker is now. Raises BrokerUnreachable, ConfigurationError."""
+        if self._settings.host == MDNS:
+            return await discovery.find(self._site)
+        return self._settings.host, self._settings.port
+
+    def _client(self, host: str, port: int) -> aiomqtt.Client:
         """A fresh client for one connection. Raises ConfigurationError if the password can't be read."""
         client = aiomqtt.Client(
-            self._settings.host,
-            self._settings.port,
+            host,
+            port,
             username=self._settings.username,
             password=self._settings.password(),
             logger=_quiet,

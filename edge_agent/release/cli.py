@@ -21,6 +21,8 @@ from edge_agent.release.units import TRIAL
 
 LOCK = Path("/run/kvbus-flash.lock")
 REACHED_WITHIN_S = 5.0
+MDNS = "mdns"
+"""A host that the agent will look for by itself (broker_config.discovery)."""
 
 
 def main(words: list[str] | None = None) -> int:
@@ -86,7 +88,7 @@ def _facts(place: Place, arguments: argparse.Namespace) -> None:
         cores=os.cpu_count(),
         time_s=time.time(),
         systemd=Path("/run/systemd/system").is_dir(),
-        broker_error=_unreachable(host.strip("[]"), int(port)),
+        broker_error="" if host == MDNS else _unreachable(host.strip("[]"), int(port)),
         **describe(place),
     )
 

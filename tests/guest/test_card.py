@@ -14,7 +14,7 @@ from scripts.prepare_model.cache import cache_root
 from tests.guest.conftest import AGENT, Log
 from tests.guest.image import Image, image, missing
 from tests.guest.machine import HOST, Machine
-from tests.integration.conftest import SITE, Site, running_site
+from tests.integration.conftest import SITE, Site, ready, running_site
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1_800)]
 
@@ -69,6 +69,7 @@ async def joins(site: Site, tmp_path: Path) -> None:
         assert state.presence is not None
         log(f"on the bus, software {state.presence.software}")
         await site.client.give(AGENT, "north", "The valve is in the north tower.")
+        await site.until(AGENT, lambda state: ready(state) and bool(state.telemetry and state.telemetry.contexts))
         report = await site.client.ask("Which valve?", sources=[AGENT], receiver=AGENT)
         assert report.state == "answered", report.reason
         assert machine.ssh("ls -d /opt/kvbus-package 2>/dev/null || true").stdout == ""
