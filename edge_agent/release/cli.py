@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import platform
+import select
 import shutil
 import socket
 import sys
@@ -21,6 +22,8 @@ from edge_agent.release.units import TRIAL
 
 LOCK = Path("/run/kvbus-flash.lock")
 REACHED_WITHIN_S = 5.0
+SILENCE_S = 45.0
+"""After which whoever holds the device is taken for gone."""
 MDNS = "mdns"
 """A host that the agent will look for by itself (broker_config.discovery)."""
 
@@ -83,7 +86,6 @@ def _facts(place: Place, arguments: argparse.Namespace) -> None:
         machine=platform.machine(),
         python=platform.python_version(),
         free_bytes=shutil.disk_usage(existing).free,
-        staging_free_bytes=shutil.disk_usage(Path.home() if not Path("/var/tmp").exists() else "/var/tmp").free,  # noqa: S108
         memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         cores=os.cpu_count(),
         time_s=time.time(),
@@ -111,7 +113,8 @@ def _hold(_: Place, arguments: argparse.Namespace) -> None:
     os.ftruncate(number, 0)
     os.pwrite(number, arguments.who.encode()[:200], 0)
     _say(held=True)
-    sys.stdin.buffer.read()
+    while select.select([sys.stdin], [], [], SILENCE_S)[0] and os.read(sys.stdin.fileno(), 64):
+        pass  # a sign of life; who is silent for long has lost the link
 
 
 def _install(place: Place, arguments: argparse.Namespace) -> None:

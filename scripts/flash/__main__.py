@@ -2,44 +2,37 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable
 from getpass import getpass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
 import msgspec
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from broker_config.errors import BusError
-from broker_config.settings import BrokerSettings
-from broker_config.users import users as names_in
-from coordinator.credentials import DEFAULT_USERS, add_agent
+from coordinator.credentials import DEFAULT_USERS
 from scripts.flash import bundle as bundles
 from scripts.flash.card import customise
-from scripts.flash.device import DEFAULT_PORT, DEFAULT_SITE, Device, agent_named, device
+from scripts.flash.device import DEFAULT_SITE, Device, agent_named, device
 from scripts.flash.errors import BundleFailed, FlashError, HostUnfit
 from scripts.flash.flasher import PROOF_S, TRIAL_S, Flashed, Flasher, Orders
-from scripts.flash.fleet import AT_ONCE, Ended, roll_out
+from scripts.flash.fleet import AT_ONCE, AT_WORK, Ended, roll_out
 from scripts.flash.host import KNOWN_HOSTS, Host
 from scripts.flash.keeping import Keeper, Kept
 from scripts.flash.keys import DEFAULT_KEY, site_key
+from scripts.flash.shown import Shown, bars, exit_by, fail, line_of, lines_of, plain, write
+from scripts.flash.sites import broker_place, here_of
 from scripts.flash.wheels import PYTHONS, Target
 from scripts.prepare_model import default_bundle
-from scripts.provenance import machine, versions
-
-T = TypeVar("T")
-
-OWN_USER = "flash"
-"""At the broker: who asks an agent for its proof."""
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(highlight=False, soft_wrap=True)
-progress = Console(stderr=True, highlight=False)
 
 Hosts = Annotated[list[str], typer.Argument(help="[USER@]HOST[:PORT], one or more; names of ~/.ssh/config too.")]
 Key = Annotated[Path | None, typer.Option("--ssh-key", help="Private key (default: the agent's, and those in ~/.ssh).")]
@@ -83,12 +76,12 @@ def make_bundle(
     wanted = python or list(PYTHONS)
     unknown = [each for each in wanted if each not in PYTHONS]
     if unknown:
-        _fail(BundleFailed(f"no bundle for Python {unknown[0]}: kvbus runs on {', '.join(PYTHONS)}"))
+        fail(BundleFailed(f"no bundle for Python {unknown[0]}: kvbus runs on {', '.join(PYTHONS)}"))
     made = []
-    with _bars() as bars:
+    with bars() as shown_bars:
         try:
             for each in wanted:
-                shown = _Shown(bars, f"Python {each}")
+                shown = Shown(shown_bars, f"Python {each}")
                 made.append(
                     bundles.build(
                         folder,
@@ -101,7 +94,7 @@ def make_bundle(
                 )
                 shown.end("ready")
         except (FlashError, OSError) as error:
-            _fail(error)
+            fail(error)
     table = Table("Python", "release", "layer", "sent, MB", "on disk, MB", "SHA-256", box=None, pad_edge=False)
     for bundle in made:
         release = bundle.release
@@ -112,7 +105,7 @@ def make_bundle(
         table.add_row(release.python, "", f"{len(bundle.wheels)} packages", "", f"{packages_mb:.0f}", "")
     console.print(table)
     console.print(f"in {folder}; flash it: make flash HOST=pi@raspberrypi.local")
-    _write(json, {"releases": [msgspec.json.decode(each.release.to_bytes()) for each in made]})
+    write(json, {"releases": [msgspec.json.decode(each.release.to_bytes()) for each in made]})
 
 
 @app.command()
@@ -153,14 +146,14 @@ def flash(
             raise HostUnfit("one --agent can't be several hosts; leave it out, and hosts' names are taken")
         own = None if open_broker else users.expanduser()
         secret = getpass("sudo password: ") if ask_sudo else None
-        here = _here(own, broker_here)
+        here = here_of(own, broker_here)
     except (FlashError, BusError) as error:
-        _fail(error)
+        fail(error)
 
-    with _bars() as bars:
+    with bars() as shown_bars:
 
         def one(name: str) -> Flashed:
-            shown = _Shown(bars, name)
+            shown = Shown(shown_bars, name)
 
             def bundle(python: str, machine_name: str) -> bundles.Bundle:
                 with building:  # once for all that need the same
@@ -170,7 +163,7 @@ def flash(
                     )
 
             def of_host(address: str) -> Device:
-                host, port = _broker(broker, address)
+                host, port = broker_place(broker, address)
                 return device(
                     agent or agent_named(name), host=host, port=port, site=site, users=own, configuration=config
                 )
@@ -194,10 +187,10 @@ def flash(
 
         ended = roll_out(hosts, one, staged=not all_at_once, at_once=at_once)
     for each in ended:
-        for line in _lines(each):
+        for line in lines_of(each):
             console.print(line)
-    _write(json, {"hosts": [_plain(each) for each in ended]})
-    _exit(ended)
+    write(json, {"hosts": [plain(each) for each in ended]})
+    exit_by(ended)
 
 
 @app.command("image")
@@ -224,10 +217,10 @@ def make_image(
     try:
         if python not in PYTHONS:
             raise BundleFailed(f"no bundle for Python {python}: kvbus runs on {', '.join(PYTHONS)}")
-        host, port = _broker(broker, "")
+        host, port = broker_place(broker, "")
         own = device(agent, host=host, port=port, site=site, users=None if open_broker else users, configuration=config)
-        with _bars() as bars:
-            shown = _Shown(bars, str(target))
+        with bars() as shown_bars:
+            shown = Shown(shown_bars, str(target))
             bundle = bundles.build(
                 folder,
                 Target(python=python, machine=machine_name),
@@ -240,7 +233,7 @@ def make_image(
             card = customise(target, bundle, own)
             shown.end("ready")
     except (FlashError, BusError, OSError) as error:
-        _fail(error)
+        fail(error)
     console.print(
         f"{target}: {card.system}; {len(card.files)} files, {card.nbytes / 1e6:.0f} MB, read back. "
         f"At its first start agent {agent} is installed and looks for {host}:{port}"
@@ -254,9 +247,9 @@ def status(
     """What is installed on devices, and how their agents are."""
     ended = _each(hosts, Keeper.status, key, known_hosts, ask_sudo)
     for each in ended:
-        console.print(_line(each))
-    _write(json, {"hosts": [_plain(each) for each in ended]})
-    _exit(ended)
+        console.print(line_of(each))
+    write(json, {"hosts": [plain(each) for each in ended]})
+    exit_by(ended)
 
 
 @app.command()
@@ -271,7 +264,7 @@ def logs(
     (ended,) = _each([host], lambda keeper: keeper.logs(lines), key, known_hosts, ask_sudo)
     if ended.result:
         console.print(ended.result.text, markup=False)
-    _exit((ended,), say=True)
+    exit_by((ended,), say=True)
 
 
 @app.command()
@@ -279,8 +272,8 @@ def rollback(hosts: Hosts, key: Key = None, known_hosts: Known = KNOWN_HOSTS, as
     """Go back to the release before the current one."""
     ended = _each(hosts, Keeper.back, key, known_hosts, ask_sudo)
     for each in ended:
-        console.print(_line(each))
-    _exit(ended)
+        console.print(line_of(each))
+    exit_by(ended)
 
 
 @app.command()
@@ -294,12 +287,8 @@ def unflash(
     """Take kvbus off devices."""
     ended = _each(hosts, lambda keeper: keeper.remove(state=state), key, known_hosts, ask_sudo)
     for each in ended:
-        console.print(_line(each))
-    _exit(ended)
-
-
-def _line(ended: Ended[Kept]) -> str:
-    return f"{ended.host}: {ended.result.text}" if ended.result else str(ended.error)
+        console.print(line_of(each))
+    exit_by(ended)
 
 
 def _each(
@@ -314,117 +303,17 @@ def _each(
     return roll_out(hosts, one, staged=False)
 
 
-def _here(users: Path | None, address: str) -> Callable[[BrokerSettings], BrokerSettings]:
-    """The broker as we reach it, with a user of our own."""
-    user = password_file = None
-    if users is not None:
-        user, password = OWN_USER, users.parent / f"{OWN_USER}.password"
-        if OWN_USER not in names_in(users) or not password.exists():
-            add_agent(users, OWN_USER)
-        password_file = str(password)
-
-    def here(there: BrokerSettings) -> BrokerSettings:
-        host, port = _broker(address, there.host, there.port)
-        return BrokerSettings(host=host, port=port, username=user, password_file=password_file)
-
-    return here
-
-
-def _broker(address: str, default: str, port: int = DEFAULT_PORT) -> tuple[str, int]:
-    """HOST[:PORT], or the default. Raises HostUnfit."""
-    if not address:
-        if default.startswith("127.") or default == "::1":
-            raise HostUnfit("the broker's address for devices can't be told from here; give it: --broker HOST[:PORT]")
-        return default, port
-    host, separator, number = address.rpartition(":")
-    if not separator or address.endswith("]"):
-        return address.strip("[]"), port
-    if not number.isdigit() or not 0 < int(number) < 1 << 16:
-        raise HostUnfit(f"{address!r} is no HOST[:PORT]")
-    return host.strip("[]"), int(number)
-
-
-class _Shown:
-    """One host's line."""
-
-    def __init__(self, bars: Progress, name: str) -> None:
-        self._bars, self._name, self._text = bars, name, ""
-        self._task: TaskID = bars.add_task(f"{name}: begins", total=None)
-
-    def say(self, text: str, share: float | None) -> None:
-        """What is being done."""
-        if not self._bars.console.is_terminal and text != self._text:
-            self._bars.console.print(f"{self._name}: {text}")
-        self._text = text
-        self._bars.update(
-            self._task, description=f"{self._name}: {text}", total=None if share is None else 1.0, completed=share or 0
-        )
-
-    def bytes(self, what: str, done: int, total: int) -> None:
-        """The same, of a bundle being built."""
-        self.say(f"building: {what}", done / total if total else None)
-
-    def end(self, text: str) -> None:
-        """It is done."""
-        self.say(text, 1.0)
-
-
-def _bars() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn())
-    return Progress(*columns, console=progress, disable=not progress.is_terminal)
-
-
-def _lines(ended: Ended[Flashed]) -> list[str]:
-    if ended.error is not None:
-        return [str(ended.error)]
-    if ended.result is None:
-        return [f"{ended.host}: not begun, since another failed"]
-    flashed = ended.result
-    if flashed.proof is None:
-        return [f"{ended.host}:", *(f"  {line}" for line in flashed.plan)]
-    proof = flashed.proof
-    change = f"sent {flashed.sent_bytes / 1e6:.1f} MB" if flashed.changed else "was there already"
-    rates = f"prefill {proof.prefill_tps:.0f} and decode {proof.decode_tps:.0f} tokens/s"
-    runs = f"agent {flashed.agent} runs {flashed.release} ({change}, {flashed.seconds:.0f} s)"
-    return [f"{ended.host}: {runs}; it answered in {proof.first_token_s:.2f} s, {rates}"]
-
-
-def _plain(ended: Ended[Any]) -> dict[str, Any]:
-    return {
-        "host": ended.host,
-        "error": str(ended.error) if ended.error else None,
-        "result": msgspec.to_builtins(ended.result) if ended.result else None,
-    }
-
-
-def _write(path: Path | None, content: dict[str, Any]) -> None:
-    if path is None:
-        return
-    whole = {
-        "command": sys.argv,
-        "machine": machine(),
-        "versions": versions(("kvbus", "fabric", "paramiko")),
-        **content,
-    }
+def main() -> None:
+    """Ctrl-C ends it at once, whatever devices are doing."""
     try:
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(whole)) + b"\n")
-    except OSError as error:
-        _fail(error)
-
-
-def _exit(ended: tuple[Ended[Any], ...], *, say: bool = False) -> None:
-    failed = [each for each in ended if each.result is None]
-    if say:
-        for each in failed:
-            typer.echo(f"flash: {each.error}", err=True)
-    if failed:
-        raise typer.Exit(1)
-
-
-def _fail(error: Exception) -> Any:
-    typer.echo(f"flash: {error}", err=True)
-    raise typer.Exit(1) from None
+        app()
+    except SystemExit:
+        if any(thread.name.startswith(AT_WORK) for thread in threading.enumerate()):
+            typer.echo("flash: interrupted; a release on trial goes back by itself within half an hour", err=True)
+            sys.stdout.flush()
+            os._exit(130)  # they would be waited for, and they wait for devices
+        raise
 
 
 if __name__ == "__main__":
-    app()
+    main()

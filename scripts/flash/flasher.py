@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from broker_config.errors import BusError
 from broker_config.settings import BrokerSettings
 from edge_agent.release.install import SPARE_BYTES
 from edge_agent.release.layers import digest_of
 from edge_agent.release.manifest import Release
 from edge_agent.release.place import MANIFEST, SIGNATURE
+from edge_agent.release.units import AGENT
 from scripts.flash.bundle import PUBLIC_KEY, Bundle
 from scripts.flash.device import Device
 from scripts.flash.errors import FlashError, HostFailed, HostUnfit, HostUnreachable
@@ -29,6 +31,7 @@ INSTALL_S, TRIAL_S, PROOF_S = 3_600.0, 1_800.0, 1_500.0
 """Longest: unpacking on a slow card; until a device goes back by itself; until its agent has answered."""
 LOOK_S, AWAY_S = 15.0, 100.0
 """How often a device on trial is looked at, and how long it may be away: a restart takes a minute."""
+CONNECT_S = 15.0
 CLOCK_OFF_S = 120.0
 """Certificates and logs mind more than this."""
 BESIDE_MODEL_BYTES = 320_000_000
@@ -92,17 +95,19 @@ class Flasher:
         device = self._orders.device(self._host.local_address)
         bundle = self._orders.bundle(python, machine)
         staging = self._staging()
-        self._host.run(f"mkdir -p -m 700 {staging}")
+        self._host.run(f"mkdir -p -m 700 {quoted(staging)}")
         installer = f"{staging}/installer-{digest_of(bundle.installer)[:12]}.pyz"
         self._put(bundle.installer, installer)
-        self._installer = f"{pythons[python]} -I {installer}"
+        self._installer = quoted(pythons[python], "-I", installer)
+        if not self._orders.dry_run:
+            self._host.hold(f"{self._installer} hold --who {quoted(f'{getpass.getuser()}@{socket.gethostname()}')}")
         facts = self._host.ask(
             f"{self._installer} facts --broker {quoted(_address(device.settings.broker))}", root=True
         )
         missing = [each for each in bundle.release.layers.values() if each.sha256 not in facts["layers"]]
         self._check(facts, bundle.release, device)
         if self._orders.dry_run:
-            self._host.run(f"rm {installer}; rmdir --ignore-fail-on-non-empty {staging}")
+            self._host.run(f"rm {quoted(installer)}; rmdir --ignore-fail-on-non-empty {quoted(staging)}")
             return Flashed(
                 agent=device.settings.agent,
                 release=bundle.release.version,
@@ -112,7 +117,6 @@ class Flasher:
                 changed=False,
                 plan=_plan(facts, bundle, device),
             )
-        self._host.hold(f"{self._installer} hold --who {quoted(f'{getpass.getuser()}@{socket.gethostname()}')}")
         if facts["trial"] is not None:  # whoever began it is not at work any more, or we could not hold the device
             self._host.run(f"{self._installer} undo --why 'another flash took its place'", root=True)
         for layer in missing:
@@ -130,7 +134,7 @@ class Flasher:
         except HostUnreachable as error:
             raise _saying(error, f"{error} while it was installed; what ran there runs on") from None
         proof = asyncio.run(self._try(device, release, in_use=in_use))
-        self._host.run(f"rm -rf {staging}")
+        self._host.run(f"rm -rf {quoted(staging)}")
         return Flashed(
             agent=device.settings.agent,
             release=release,
@@ -158,7 +162,8 @@ class Flasher:
         return usable[0]
 
     def _staging(self) -> str:
-        return "/var/tmp/kvbus-" + self._host.run("id -u").strip()  # noqa: S108  (made for its user alone)
+        """In the user's own home, where nobody else can put what root would run."""
+        return self._host.run('printf %s "$HOME"').strip() + "/.cache/kvbus-flash"
 
     def _check(self, facts: dict[str, Any], release: Release, device: Device) -> None:
         name = self._host.name
@@ -212,16 +217,24 @@ class Flasher:
             found.update(told)
 
         self._say("installing", None)
-        self._host.run(f"{self._installer} install --package {staging}", root=True, timeout_s=INSTALL_S, line=line)
+        self._host.run(
+            f"{self._installer} install --package {quoted(staging)}", root=True, timeout_s=INSTALL_S, line=line
+        )
         return str(found["release"]), bool(found["in_use"])
 
     async def _try(self, device: Device, release: str, *, in_use: bool) -> Proof:
         """Start it and have it prove itself on the bus; else the release before it is back."""
         settings = self._orders.here(device.settings.broker)
         async with bus(settings, device.settings.site) as connection:
+            try:
+                await connection.connected(CONNECT_S)
+            except BusError as error:
+                raise HostUnfit(f"nobody could hear {device.settings.agent} here: {error}") from None
             witness = Witness(connection, device.settings.agent)
             await witness.listen(after_restart=not in_use)
-            if not in_use:
+            if in_use:
+                await asyncio.to_thread(self._host.run, f"systemctl start --no-block {AGENT}", root=True)
+            else:
                 self._say("starting it", None)
                 await asyncio.to_thread(
                     self._host.run,

@@ -12,6 +12,8 @@ from scripts.flash.errors import FlashError
 T = TypeVar("T")
 
 AT_ONCE = 4
+AT_WORK = "flash"
+"""How threads are called that have a device in their hands."""
 SOME = 0.25
 """The share of a fleet that is done after the first one, before the rest."""
 
@@ -42,9 +44,14 @@ def roll_out(
     """Do it on every host, stage by stage, until one fails; those of its stage that have begun are ended first."""
     ended: dict[str, Ended[T]] = {}
     for stage in stages(hosts, staged=staged):
-        with ThreadPoolExecutor(max_workers=at_once, thread_name_prefix="flash") as pool:
+        pool = ThreadPoolExecutor(max_workers=at_once, thread_name_prefix=AT_WORK)
+        try:
             for result in pool.map(lambda host: _one(host, work), stage):
                 ended[result.host] = result
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)  # nobody who is interrupted waits for devices
+            raise
+        pool.shutdown()
         if any(each.error for each in ended.values()):
             break
     return tuple(ended.get(host, Ended(host=host)) for host in dict.fromkeys(hosts))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shlex
 import socket
+import threading
 import time
 from base64 import b64encode
 from collections.abc import Callable
+from contextlib import suppress
 from io import StringIO
 from pathlib import Path
 from types import TracebackType
@@ -24,9 +27,13 @@ KNOWN_HOSTS = Path("~/.ssh/known_hosts")
 CONNECT_S, COMMAND_S = 15.0, 120.0
 ALIVE_S = 10
 """Between two signs of life. Two that stay out are a link that went away."""
+PATIENCE_S = 75.0
+"""Until a device has noticed that a link went away."""
 ATTEMPTS, PAUSE_S = 5, 3.0
 """To take up a transfer again."""
 BLOCK_BYTES = 1 << 18
+
+logging.getLogger("paramiko").setLevel(logging.CRITICAL)  # it logs tracebacks of what we say in a line
 
 Line = Callable[[dict[str, Any]], None]
 
@@ -44,6 +51,7 @@ class Host:
         self.name = name
         self._key, self._known, self._sudo = key, known_hosts.expanduser(), sudo
         self._held: paramiko.Channel | None = None
+        self._holding = ""
         self._connection = self._connect()
 
     def __enter__(self) -> Self:
@@ -66,9 +74,19 @@ class Host:
         return str(sock.getsockname()[0]) if isinstance(sock, socket.socket) else "127.0.0.1"
 
     def reconnect(self) -> None:
-        """After a link went away."""
+        """After a link went away. What we hold there is held again, once the device has noticed that we were away."""
         self.close()
         self._connection = self._connect()
+        deadline_s = time.monotonic() + PATIENCE_S
+        while self._holding:
+            try:
+                self.hold(self._holding)
+            except HostFailed:
+                if time.monotonic() > deadline_s:
+                    raise
+                time.sleep(PAUSE_S)
+            else:
+                break
 
     def run(self, command: str, *, root: bool = False, timeout_s: float = COMMAND_S, line: Line | None = None) -> str:
         """What a command prints. line: takes each JSON object of its output as it comes.
@@ -110,7 +128,10 @@ class Host:
         return found
 
     def hold(self, command: str) -> None:
-        """Keep a command of root's running that says {"held": true} and ends with us. Raises HostFailed."""
+        """Keep a command of root's running that says {"held": true}, and gets a sign of life as long as we are there.
+
+        Raises HostFailed.
+        """
         transport = self._connection.transport
         assert transport is not None  # noqa: S101
         try:
@@ -125,7 +146,8 @@ class Host:
                 raise HostFailed(f"{self.name}: {reason[-1].removeprefix('kvbus: ') if reason else 'no answer'}")
         except (OSError, EOFError, paramiko.SSHException) as error:
             raise HostUnreachable(f"{self.name}: the link went away: {_said(error)}") from None
-        self._held = channel
+        self._held, self._holding = channel, command
+        threading.Thread(target=_keep_alive, args=(channel,), name="signs of life", daemon=True).start()
 
     def send(self, source: Path, target: str, said: Callable[[int], None], *, again: Callable[[str], None]) -> int:
         """Put a file there, on from where an earlier attempt ended; if the link is cut, some more times. Bytes sent.
@@ -223,6 +245,13 @@ class Host:
         assert connection.transport is not None  # noqa: S101
         connection.transport.set_keepalive(ALIVE_S)
         return connection
+
+
+def _keep_alive(channel: paramiko.Channel) -> None:
+    with suppress(OSError, EOFError, paramiko.SSHException):
+        while not channel.closed:
+            channel.sendall(b"\n")
+            time.sleep(ALIVE_S)
 
 
 class _Lines:

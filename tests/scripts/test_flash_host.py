@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import pytest
 
 from scripts.demo.processes import free_port
 from scripts.flash import host as hosts
+from scripts.flash.bundle import installer
 from scripts.flash.errors import HostDistrusted, HostFailed, HostUnreachable
 from scripts.flash.host import Host
 
@@ -187,3 +189,25 @@ def test_a_lock_is_held_as_long_as_we_are_there(server: Server, tmp_path: Path) 
             assert time.monotonic() < deadline
             time.sleep(0.05)
         third.hold(command)
+
+
+def test_a_device_is_held_again_after_a_cut_and_by_one_alone(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "PAUSE_S", 0.1)
+    monkeypatch.setattr(hosts, "PATIENCE_S", 10.0)
+    pyz = tmp_path / "installer.pyz"
+    pyz.write_bytes(installer())
+    command = f"{sys.executable} -I {pyz} hold --who me@laptop"
+    with server.host() as one:
+        one.hold(command)
+        with (
+            server.host() as other,
+            pytest.raises(HostFailed, match="another flash is at work on this device, from me@"),
+        ):
+            other.hold(command)
+        server.stop()
+        server.start()
+        one.reconnect()
+        with server.host() as other, pytest.raises(HostFailed, match="another flash is at work"):
+            other.hold(command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
@@ -9,6 +10,8 @@ import os
 import subprocess
 import sys
 import tarfile
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.release import trial
+from edge_agent.release import cli, trial
 from edge_agent.release.errors import (
     DeviceBusy,
     LayerDamaged,
@@ -377,3 +380,22 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     assert path.read_bytes() == b"2"
     assert path.stat().st_mode & 0o777 == 0o640
     assert [each.name for each in tmp_path.iterdir()] == ["x"]
+
+
+def test_who_is_silent_holds_a_device_no_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "LOCK", tmp_path / "lock")
+    monkeypatch.setattr(cli, "SILENCE_S", 0.5)
+    ours, theirs = os.pipe()
+    with os.fdopen(ours) as listening:
+        monkeypatch.setattr(sys, "stdin", listening)
+        holding = threading.Thread(target=cli.main, args=[["hold", "--who", "one"]])
+        holding.start()
+        for _ in range(5):
+            time.sleep(0.25)
+            os.write(theirs, b"\n")
+            assert holding.is_alive()
+        with (tmp_path / "lock").open() as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        holding.join(10)
+        assert not holding.is_alive()
+    os.close(theirs)

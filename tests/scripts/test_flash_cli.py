@@ -1,0 +1,98 @@
+"""The command `python -m scripts.flash`: a mistake is one line, and nothing has happened."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from broker_config.settings import BrokerSettings
+from scripts.flash.__main__ import app
+from scripts.flash.errors import HostUnfit
+from scripts.flash.sites import broker_place, here_of
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["bundle", "--python", "3.9"], "no bundle for Python 3.9"),
+        (["bundle", "--model", "/nonexistent"], "no model to put on a device"),
+        (["flash", "a", "b", "--agent", "x"], "can't be several hosts"),
+        (["flash", "nobody.invalid"], "no such host"),
+        (["status", "nobody.invalid"], "no such host"),
+        (["logs", "nobody.invalid"], "no such host"),
+        (["rollback", "nobody.invalid"], "no such host"),
+        (["unflash", "nobody.invalid"], "no such host"),
+        (["image", "/nonexistent", "--agent", "a", "--broker", "h:x", "--open-broker"], "is no HOST[:PORT]"),
+        (["image", "/nonexistent", "--agent", "a", "--broker", "h", "--python", "2.7"], "no bundle for Python 2.7"),
+        (["image", "/nonexistent", "--agent", "A!", "--broker", "h", "--open-broker"], "agent"),
+    ],
+)
+def test_a_mistake_is_one_line(words: list[str], said: str, tmp_path: Path, tiny_bundle: Path) -> None:
+    options = {
+        "flash": ["--users", f"{tmp_path}/users", "--site-key", f"{tmp_path}/k.pem", "--model", str(tiny_bundle)],
+        "bundle": ["--site-key", f"{tmp_path}/k.pem", "--folder", f"{tmp_path}/b"],
+        "image": ["--site-key", f"{tmp_path}/k.pem", "--users", f"{tmp_path}/users", "--model", str(tiny_bundle)],
+    }.get(words[0], [])
+    result = CliRunner().invoke(app, [*words, *options])
+    assert result.exit_code == 1, result.output
+    (line,) = [line for line in result.output.splitlines() if said in line]
+    assert "Traceback" not in result.output
+    assert line
+
+
+def test_a_report_says_what_became_of_each_host(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    result = CliRunner().invoke(app, ["status", "one.invalid", "two.invalid", "--json", str(report)])
+    assert result.exit_code == 1
+    hosts = json.loads(report.read_text())["hosts"]
+    assert [host["host"] for host in hosts] == ["one.invalid", "two.invalid"]
+    assert all("no such host" in host["error"] for host in hosts)
+
+
+@pytest.mark.parametrize("target", ["flash", "image", "unflash", "flash-status"])
+def test_make_says_what_it_wants_to_know(target: str, tmp_path: Path) -> None:
+    (tmp_path / "installed").touch()
+    done = subprocess.run(
+        ["make", target, f"STAMP={tmp_path}/installed", "-o", f"{tmp_path}/installed"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout.startswith("say which ")
+    assert "make " in done.stdout
+
+
+def test_the_broker_is_where_devices_see_it() -> None:
+    assert broker_place("", "10.0.0.2") == ("10.0.0.2", 1883)
+    assert broker_place("hall", "10.0.0.2") == ("hall", 1883)
+    assert broker_place("hall:8883", "10.0.0.2") == ("hall", 8883)
+    assert broker_place("[fe80::1]:1", "x") == ("fe80::1", 1)
+    assert broker_place("[fe80::1]", "x") == ("fe80::1", 1883)
+    for wrong in ("h:", "h:0", "h:99999", "h:x"):
+        with pytest.raises(HostUnfit):
+            broker_place(wrong, "x")
+    with pytest.raises(HostUnfit, match="--broker"):
+        broker_place("", "127.0.0.1")
+
+
+def test_who_asks_for_a_proof_has_a_user_of_its_own(tmp_path: Path) -> None:
+    there = BrokerSettings(host="10.0.0.2", port=7, username="kitchen", password_file="/opt/p")  # noqa: S106
+    here = here_of(tmp_path / "users", "")(there)
+    assert (here.host, here.port, here.username) == ("10.0.0.2", 7, "flash")
+    assert here.password() == here_of(tmp_path / "users", "localhost:9")(there).password()
+    assert here_of(None, "localhost:9")(there) == BrokerSettings(host="localhost", port=9)
+
+
+def test_help_is_there_for_every_command() -> None:
+    for words in ([], ["bundle"], ["flash"], ["image"], ["status"], ["logs"], ["rollback"], ["unflash"]):
+        result = CliRunner().invoke(app, [*words, "--help"])
+        assert result.exit_code == 0
+        assert "Usage: " in result.output
