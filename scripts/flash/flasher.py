@@ -292,12 +292,11 @@ class Flasher:
     def _last_words(self) -> str:
         """What the agent logged last."""
         try:
-            said = self._host.run("journalctl -u kvbus-agent -n 30 -o cat --no-pager", root=True).strip().splitlines()
+            said = self._host.run(f"journalctl -u {AGENT} -t edge-agent -n 1 -o cat --no-pager", root=True).strip()
         except FlashError as error:
             return str(error)
-        own = [line for line in said if not line.startswith(("Start", "Stop", "kvbus-agent.service"))]
-        found = re.search(r'"message": "([^"]*)"', own[-1]) if own else None
-        return found[1] if found else (own[-1] if own else "nothing in its log")
+        found = re.search(r'"message": "([^"]*)"', said)
+        return found[1] if found else said.removeprefix("edge-agent: ") or "nothing in its log"
 
     def _undone(self, error: FlashError) -> FlashError:
         """Go back; the error, with what came of that."""
