@@ -100,7 +100,7 @@ def check(configuration: Annotated[Path, typer.Argument(help="TOML file of the a
 
 @app.command()
 def doctor(
-    configuration: Annotated[Path, typer.Argument(help="TOML file of the agent.")] = INSTALLED,
+    configuration: Annotated[Path, typer.Argument(help="TOML file of the agent.", readable=False)] = INSTALLED,
 ) -> None:
     """Look for what is wrong: configuration, model, memory, disk, clock, heat, service, broker, a twin."""
 
