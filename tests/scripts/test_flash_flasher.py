@@ -1,0 +1,148 @@
+"""What a device must be like is looked at before anything is sent, and each reason to refuse it is one line."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from edge_agent.release.manifest import Layer, Release
+from scripts.flash.bundle import Bundle
+from scripts.flash.device import device
+from scripts.flash.errors import HostFailed, HostUnfit
+from scripts.flash.flasher import Flasher, Orders
+from scripts.flash.host import Host
+
+MEGA = 1_000_000
+
+
+class FakeHost:
+    """Answers as a Raspberry Pi with nothing installed would, but for what a test changes."""
+
+    name = "pi@kitchen"
+    local_address = "10.0.0.2"
+
+    def __init__(self) -> None:
+        self.machine, self.pythons = "aarch64", {"3.11": "/usr/bin/python3.11"}
+        self.commands: list[str] = []
+        self.sent: list[str] = []
+        self.held = False
+        self.facts: dict[str, Any] = {
+            "machine": "aarch64",
+            "python": "3.11.2",
+            "cores": 4,
+            "root": True,
+            "systemd": True,
+            "free_bytes": 10_000 * MEGA,
+            "memory_bytes": 1_000 * MEGA,
+            "time_s": time.time(),
+            "broker_error": "",
+            "layers": [],
+            "trial": None,
+            "current": None,
+        }
+
+    def run(self, command: str, **_: object) -> str:
+        self.commands.append(command)
+        if command.startswith("uname"):
+            found = "".join(f"python {version} {path}\n" for version, path in self.pythons.items())
+            return f"{self.machine}\n1000\n{found}end\n"
+        return "/home/pi" if "HOME" in command else ""
+
+    def ask(self, command: str, **_: object) -> dict[str, Any]:
+        self.commands.append(command)
+        return self.facts
+
+    def hold(self, _: str) -> None:
+        self.held = True
+        raise HostFailed("pi@kitchen: another flash is at work on this device")
+
+    def send(self, source: Path, target: str, said: Callable[[int], None], **_: object) -> int:
+        self.sent.append(target)
+        said(source.stat().st_size)
+        return source.stat().st_size
+
+
+@pytest.fixture
+def host() -> FakeHost:
+    return FakeHost()
+
+
+@pytest.fixture
+def flasher(host: FakeHost, tmp_path: Path) -> Flasher:
+    (tmp_path / "installer.pyz").write_bytes(b"PK")
+    layers = {
+        "model": Layer(sha256="a" * 64, size_bytes=180 * MEGA, unpacked_bytes=187 * MEGA),
+        "agent": Layer(sha256="b" * 64, size_bytes=MEGA, unpacked_bytes=MEGA),
+    }
+    release = Release(version="1", protocol=1, machine="aarch64", python="3.11", layers=layers)
+    bundle = Bundle(folder=tmp_path, release=release, signature=b"", public_key=b"", wheels=())
+    orders = Orders(
+        bundle=lambda *_: bundle,
+        device=lambda address: device("kitchen", host=address, port=1883, site="home", users=None),
+        here=lambda settings: settings,
+        dry_run=True,
+    )
+    return Flasher(cast("Host", host), orders, lambda *_: None)
+
+
+def test_looking_says_what_would_be_done_and_does_nothing(host: FakeHost, flasher: Flasher) -> None:
+    host.facts["layers"] = ["a" * 64]
+    plan = "\n".join(flasher.flash().plan)
+    assert "model: is there" in plan
+    assert "agent: send 1.0 MB" in plan
+    assert "broker 10.0.0.2:1883" in plan
+    assert not host.held
+    assert [Path(target).name[:9] for target in host.sent] == ["installer"]
+    assert host.commands[-1].startswith("rm ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"root": False}, "sudo does not make us root"),
+        ({"systemd": False}, "does not run systemd"),
+        ({"free_bytes": 300 * MEGA}, "300 MB of disk are free, 433 MB are needed"),
+        ({"memory_bytes": 463 * MEGA}, "463 MB of memory; this model needs 507 MB"),
+        ({"time_s": time.time() - 86_400}, "behind; `timedatectl` there says why"),
+        ({"time_s": time.time() + 86_400}, "ahead; `timedatectl` there says why"),
+        ({"broker_error": "Connection refused"}, "10.0.0.2:1883 can't be reached from it: Connection refused"),
+    ],
+)
+def test_a_device_that_would_not_do_is_refused(
+    host: FakeHost, flasher: Flasher, changes: dict[str, Any], said: str
+) -> None:
+    host.facts |= changes
+    with pytest.raises(HostUnfit) as caught:
+        flasher.flash()
+    assert said in str(caught.value)
+    assert str(caught.value).startswith("pi@kitchen: ")
+    assert "\n" not in str(caught.value)
+    assert not host.held
+
+
+@pytest.mark.parametrize(
+    ("machine", "pythons", "said"),
+    [
+        ("armv7l", ["3.11"], "is armv7l; kvbus needs a 64-bit system"),
+        ("", ["3.11"], "something unknown"),
+        ("aarch64", ["3.9"], "has 3.9; kvbus needs Python 3.11 to 3.13"),
+        ("aarch64", [], "has no Python"),
+    ],
+)
+def test_another_architecture_and_an_old_python_are_refused_before_anything_is_sent(
+    host: FakeHost, flasher: Flasher, machine: str, pythons: list[str], said: str
+) -> None:
+    host.machine, host.pythons = machine, dict.fromkeys(pythons, "/usr/bin/python3")
+    with pytest.raises(HostUnfit, match=said):
+        flasher.flash()
+    assert host.sent == []
+
+
+def test_the_newest_python_that_is_known_is_taken(host: FakeHost, flasher: Flasher) -> None:
+    host.pythons = {"3.12": "/usr/bin/python3.12", "3.14": "/usr/bin/python3.14", "3.11": "/usr/bin/python3.11"}
+    flasher.flash()
+    assert any(command.startswith("/usr/bin/python3.12 -I ") for command in host.commands)
