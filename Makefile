@@ -22,7 +22,7 @@ DATA ?=
 
 .PHONY: help
 help:  ## Show this list.
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 	@echo; echo "  Options: PYTHON=python3.12, TORCH=torch==2.x, TORCH_INDEX=URL (see the Makefile), ARGS='...' for the command"
 
 $(STAMP): pyproject.toml constraints.txt
