@@ -1,21 +1,24 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all. Standard library only: the installer of devices carries this module."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from pathlib import Path
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Replace a file in one step, readable by its owner alone: others see the old one or the new one, and a crash
-    leaves one of them. Its folder is made if it is missing. Raises OSError; what was there is there still.
+def write_whole(path: Path, content: bytes, mode: int = 0o600) -> None:
+    """Replace a file in one step, readable by its owner alone unless mode says otherwise: others see the old one or the
+    new one, and a crash leaves one of them. Its folder is made if it is missing. Raises OSError; what was there is
+    there still.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished: Path | None = None
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             unfinished = Path(file.name)
+            os.fchmod(file.fileno(), mode)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -23,3 +26,18 @@ def write_whole(path: Path, content: bytes) -> None:
     finally:
         if unfinished is not None:
             unfinished.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """So that what a file holds, or the names in a folder, are there after a power cut. Raises OSError."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

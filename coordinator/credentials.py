@@ -9,6 +9,7 @@ from pathlib import Path
 from broker_config.errors import ConfigurationError
 from broker_config.files import write_whole
 from broker_config.users import add_user
+from broker_config.users import users as names_in
 
 DEFAULT_USERS = Path("~/.config/kvbus/users")
 
@@ -29,3 +30,12 @@ def add_agent(users: Path, name: str, *, password_file: Path | None = None, pass
     except OSError as error:
         raise ConfigurationError(f"can't write {target}: {error.strerror or error}") from None
     return target
+
+
+def password_file_of(users: Path, name: str) -> Path:
+    """The file beside the users that holds a user's password; both are made unless they are there.
+
+    Raises ConfigurationError.
+    """
+    kept = users.parent / f"{name}.password"
+    return kept if name in names_in(users) and kept.exists() else add_agent(users, name)

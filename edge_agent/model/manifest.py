@@ -15,6 +15,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
+from broker_config.files import file_digest
 from broker_config.messages import ModelInfo, Rung
 from broker_config.messages.base import Digest
 from edge_agent.errors import BundleInvalid
@@ -182,9 +183,3 @@ def verify_digests(bundle: Path, manifest: Manifest) -> None:
     for entry in manifest.files:
         if file_digest(bundle / entry.path) != entry.sha256:
             raise BundleInvalid(f"model bundle at {bundle}: {entry.path} is damaged; prepare it again")
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,7 @@
 """Releases on a device: installed beside one another, switched in one step, tried before they stay.
 
-This package runs before anything else of a release is there, so it imports the standard library only. (Only checking a
+This package runs before anything else of a release is there, so it imports the standard library only, and
+broker_config.files, which does too. (Only checking a
 signature needs `cryptography`, which the release in use has brought.)
 
 /opt/kvbus

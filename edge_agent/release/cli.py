@@ -24,8 +24,6 @@ LOCK = Path("/run/kvbus-flash.lock")
 REACHED_WITHIN_S = 5.0
 SILENCE_S = 45.0
 """After which whoever holds the device is taken for gone."""
-MDNS = "mdns"
-"""A host that the agent will look for by itself (broker_config.discovery)."""
 
 
 def main(words: list[str] | None = None) -> int:
@@ -53,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         return made
 
     facts = command("facts", _facts, "what a laptop asks before it sends anything")
-    facts.add_argument("--broker", required=True, help="HOST:PORT to be reached from here")
+    facts.add_argument("--broker", default="", help="HOST:PORT to be reached from here")
     hold = command("hold", _hold, "keep others from flashing until standard input ends")
     hold.add_argument("--who", default="")
     put = command("install", _install, "unpack a release and make it ready")
@@ -90,7 +88,7 @@ def _facts(place: Place, arguments: argparse.Namespace) -> None:
         cores=os.cpu_count(),
         time_s=time.time(),
         systemd=Path("/run/systemd/system").is_dir(),
-        broker_error="" if host == MDNS else _unreachable(host.strip("[]"), int(port)),
+        broker_error=_unreachable(host.strip("[]"), int(port)) if host else "",
         **describe(place),
     )
 

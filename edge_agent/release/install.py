@@ -15,8 +15,8 @@ from pathlib import Path
 from edge_agent.release import system
 from edge_agent.release.errors import DeviceUnfit, SystemFailed
 from edge_agent.release.layers import unpack, write_whole
-from edge_agent.release.manifest import KEY_LAYER, Release, read_release
-from edge_agent.release.place import CONFIGURATION, MANIFEST, PASSWORD, SIGNATURE, Place
+from edge_agent.release.manifest import RUNTIME_LAYER, Layer, Release, read_release
+from edge_agent.release.place import COMMAND, CONFIGURATION, MANIFEST, PASSWORD, PUBLIC_KEY, SIGNATURE, Place
 from edge_agent.release.signature import add_packages, check_signature
 from edge_agent.release.units import AGENT
 
@@ -44,9 +44,9 @@ class Package:
         """What is this device's alone."""
         return {name: self.read(name) for name in (CONFIGURATION, PASSWORD) if (self.folder / name).exists()}
 
-    def archive(self, sha256: str) -> Path:
+    def archive(self, layer: Layer) -> Path:
         """Of one layer."""
-        return self.folder / f"{sha256}.layer"
+        return self.folder / layer.file_name
 
 
 def install(place: Place, package: Package, python: Path, say: Callable[[str, float], None]) -> str:
@@ -61,24 +61,24 @@ def install(place: Place, package: Package, python: Path, say: Callable[[str, fl
     trusted = place.key.read_bytes() if place.key.exists() else None
     current = place.current()
     if trusted is not None and current is not None:
-        add_packages(place.releases / current / KEY_LAYER)
+        add_packages(place.releases / current / RUNTIME_LAYER)
         check_signature(content, signature, trusted)
     _has_room(place, release)
     group = system.make_user()
     for name, layer in release.layers.items():
         unpacked = unpack(
-            package.archive(layer.sha256),
+            package.archive(layer),
             layer,
             place.store,
             lambda done, name=name, layer=layer: say(name, done / max(1, layer.unpacked_bytes)),  # type: ignore[misc]
         )
-        if name == KEY_LAYER and (trusted is None or current is None):
+        if name == RUNTIME_LAYER and (trusted is None or current is None):
             add_packages(unpacked)
-            check_signature(content, signature, package.read("site.pub"))
+            check_signature(content, signature, package.read(PUBLIC_KEY))
     name = place.add(release, signature, package.own(), python, group)
     _first_run(place.releases / name)
     if trusted is None or current is None:
-        write_whole(place.key, package.read("site.pub"))
+        write_whole(place.key, package.read(PUBLIC_KEY))
     write_whole(place.installer, Path(sys.argv[0]).read_bytes())
     system.install_units(place.root, python, devices=_wants_devices(package))
     return name
@@ -114,7 +114,7 @@ def _first_run(release: Path) -> None:
 
     Raises SystemFailed with what it says, if it can't.
     """
-    said = system.run(str(release / "edge-agent"), "check", str(release / CONFIGURATION), timeout_s=1_800)
+    said = system.run(str(release / COMMAND), "check", str(release / CONFIGURATION), timeout_s=1_800)
     if not said:
         raise SystemFailed(f"{release.name} does not start")
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import lzma
 import os
 import shutil
@@ -12,17 +10,12 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
+from broker_config import files
 from edge_agent.release.errors import LayerDamaged, SystemFailed
 from edge_agent.release.manifest import Layer
 
 BLOCK_BYTES = 1 << 20
 UNFINISHED = ".tmp-"
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal. Raises OSError."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def unpack(archive: Path, layer: Layer, store: Path, progress: Callable[[int], None] = lambda _: None) -> Path:
@@ -37,14 +30,14 @@ def unpack(archive: Path, layer: Layer, store: Path, progress: Callable[[int], N
     unfinished = store / f"{UNFINISHED}{layer.sha256}"
     try:
         store.mkdir(parents=True, exist_ok=True)
-        if digest_of(archive) != layer.sha256:
+        if files.file_digest(archive) != layer.sha256:
             raise LayerDamaged(f"{archive.name} is not the layer {layer.sha256[:12]}: its digest is another")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(mode=0o755)
         _extract(archive, layer, unfinished, progress)
         os.sync()
         unfinished.rename(target)
-        sync_folder(store)
+        files.sync(store)
     except OSError as error:
         raise SystemFailed(f"can't unpack {archive.name}: {error.strerror or error}") from None
     except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, ValueError) as error:
@@ -90,24 +83,7 @@ def forget_others(store: Path, kept: set[str]) -> int:
     return freed
 
 
-def sync_folder(path: Path) -> None:
-    """So that a name in it is there after a power cut. Raises OSError."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
 def write_whole(path: Path, content: bytes, mode: int = 0o644) -> None:
     """Replace a file in one step; the old one or the new one is there after a power cut. Raises OSError."""
-    unfinished = path.with_name(f"{UNFINISHED}{path.name}")
-    with contextlib.ExitStack() as undo:
-        undo.callback(unfinished.unlink, missing_ok=True)
-        with unfinished.open("wb") as file:
-            os.fchmod(file.fileno(), mode)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.rename(path)
-        sync_folder(path.parent)
+    files.write_whole(path, content, mode)
+    files.sync(path.parent)

@@ -13,8 +13,8 @@ from edge_agent.release.errors import ReleaseInvalid
 
 FORMAT = 1
 LARGEST_BYTES = 1 << 20
-KEY_LAYER = "runtime"
-"""Which brings what checks signatures."""
+RUNTIME_LAYER, AGENT_LAYER, MODEL_LAYER = "runtime", "agent", "model"
+"""What is in them: the packages (among them what checks signatures), the agent, its model."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 _PYTHON = re.compile(r"3\.\d{1,2}")
@@ -27,6 +27,11 @@ class Layer:
     sha256: str
     size_bytes: int
     unpacked_bytes: int
+
+    @property
+    def file_name(self) -> str:
+        """Of the archive, wherever it lies."""
+        return f"{self.sha256}.layer"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,13 +11,15 @@ from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
+from broker_config.files import sync
 from edge_agent.release.errors import NothingInstalled, ReleaseInvalid, SystemFailed
-from edge_agent.release.layers import UNFINISHED, forget_others, sync_folder, write_whole
+from edge_agent.release.layers import UNFINISHED, forget_others, write_whole
 from edge_agent.release.manifest import Release, read_release
 
-MANIFEST, SIGNATURE, CONFIGURATION, PASSWORD, COMMAND = (
+MANIFEST, SIGNATURE, PUBLIC_KEY, CONFIGURATION, PASSWORD, COMMAND = (
     "release.json",
     "release.sig",
+    "site.pub",
     "agent.toml",
     "password",
     "edge-agent",
@@ -49,7 +51,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Place:
-    """Everything below one folder, /opt/kvbus on a device. `group` may read configurations and passwords."""
+    """Everything below one folder, /opt/kvbus on a device."""
 
     root: Path = field(default_factory=lambda: Path("/opt/kvbus"))
 
@@ -66,7 +68,7 @@ class Place:
     @property
     def key(self) -> Path:
         """The site's public key."""
-        return self.root / "site.pub"
+        return self.root / PUBLIC_KEY
 
     @property
     def installer(self) -> Path:
@@ -100,7 +102,7 @@ class Place:
                 unfinished.unlink(missing_ok=True)
                 unfinished.symlink_to(Path("releases") / name)
                 unfinished.rename(path)
-            sync_folder(self.root)
+            sync(self.root)
         except OSError as error:
             raise SystemFailed(f"can't change {path}: {error.strerror or error}") from None
 
@@ -141,9 +143,9 @@ class Place:
                     os.chown(unfinished / key, 0, group)
             for layer, each in release.layers.items():
                 (unfinished / layer).symlink_to(Path("../../store") / each.sha256)
-            sync_folder(unfinished)
+            sync(unfinished)
             unfinished.rename(target)
-            sync_folder(self.releases)
+            sync(self.releases)
         except OSError as error:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise SystemFailed(f"can't write release {name}: {error.strerror or error}") from None
@@ -180,7 +182,7 @@ class Place:
             if failure is not None:
                 write_whole(self._failure, failure.encode())
             self._trial.unlink(missing_ok=True)
-            sync_folder(self.root)
+            sync(self.root)
 
     def failure(self) -> str | None:
         """Why the last trial failed, unless one has begun since."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from edge_agent.release.errors import SignatureWrong, SystemFailed
@@ -33,6 +34,4 @@ def check_signature(content: bytes, signature: bytes, key: bytes) -> None:
 
 def add_packages(runtime: Path) -> None:
     """Make the packages of an installed runtime importable. The program must run on that runtime's Python."""
-    import sys  # noqa: PLC0415
-
     sys.path.append(str(runtime))

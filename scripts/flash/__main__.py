@@ -17,6 +17,7 @@ from rich.table import Table
 
 from broker_config.errors import BusError
 from coordinator.credentials import DEFAULT_USERS
+from edge_agent.release.manifest import RUNTIME_LAYER
 from scripts.flash import bundle as bundles
 from scripts.flash.card import customise
 from scripts.flash.device import DEFAULT_SITE, Device, agent_named, device
@@ -52,6 +53,13 @@ Packages = Annotated[
         default_factory=list,
     ),
 ]
+Site = Annotated[str, typer.Option(help="Name of the site.")]
+Users = Annotated[Path, typer.Option(help="The broker's users file; each device gets a user there.")]
+OpenBroker = Annotated[bool, typer.Option("--open-broker", help="The broker wants no users.")]
+Config = Annotated[
+    Path | None, typer.Option(help="TOML of the agent, for what `edge-agent config` lists.", show_default=False)
+]
+MachineName = Annotated[str, typer.Option("--machine", help="Processor, as `uname -m` says it.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.", show_default=False)]
 
 
@@ -66,7 +74,7 @@ def make_bundle(
         list[str], typer.Option(help=f"Pythons of devices: {', '.join(PYTHONS)} (default: all).", default_factory=list)
     ],
     packages: Packages,
-    machine_name: Annotated[str, typer.Option("--machine", help="Processor, as `uname -m` says it.")] = "aarch64",
+    machine_name: MachineName = "aarch64",
     model: Model = None,
     folder: Folder = bundles.DEFAULT_FOLDER,
     key: SiteKeyFile = DEFAULT_KEY,
@@ -101,7 +109,7 @@ def make_bundle(
         for name, layer in release.layers.items():
             sizes = (f"{layer.size_bytes / 1e6:.1f}", f"{layer.unpacked_bytes / 1e6:.1f}")
             table.add_row(release.python, release.version, name, *sizes, layer.sha256[:16])
-        packages_mb = release.layers[bundles.RUNTIME].unpacked_bytes / 1e6
+        packages_mb = release.layers[RUNTIME_LAYER].unpacked_bytes / 1e6
         table.add_row(release.python, "", f"{len(bundle.wheels)} packages", "", f"{packages_mb:.0f}", "")
     console.print(table)
     console.print(f"in {folder}; flash it: make flash HOST=pi@raspberrypi.local")
@@ -117,14 +125,10 @@ def flash(
         str, typer.Option(help="The broker as devices reach it, HOST[:PORT] (default: this machine, port 1883).")
     ] = "",
     broker_here: Annotated[str, typer.Option(help="The same as this machine reaches it, if that differs.")] = "",
-    site: Annotated[str, typer.Option(help="Name of the site.")] = DEFAULT_SITE,
-    users: Annotated[
-        Path, typer.Option(help="The broker's users file; each device gets a user there.")
-    ] = DEFAULT_USERS,
-    open_broker: Annotated[bool, typer.Option("--open-broker", help="The broker wants no users.")] = False,
-    config: Annotated[
-        Path | None, typer.Option(help="TOML of the agent, for what `edge-agent config` lists.", show_default=False)
-    ] = None,
+    site: Site = DEFAULT_SITE,
+    users: Users = DEFAULT_USERS,
+    open_broker: OpenBroker = False,
+    config: Config = None,
     model: Model = None,
     folder: Folder = bundles.DEFAULT_FOLDER,
     site_key_file: SiteKeyFile = DEFAULT_KEY,
@@ -139,7 +143,7 @@ def flash(
 ) -> None:
     """Flash or update devices. Each ends with an agent that has answered, or as it was."""
     chosen = model or default_bundle()
-    building = threading.Lock()
+    building, built = threading.Lock(), dict[Target, bundles.Bundle]()
     try:
         signing = site_key(site_key_file)
         if agent and len(set(hosts)) > 1:
@@ -156,11 +160,13 @@ def flash(
             shown = Shown(shown_bars, name)
 
             def bundle(python: str, machine_name: str) -> bundles.Bundle:
+                target = Target(python=python, machine=machine_name)
                 with building:  # once for all that need the same
-                    target = Target(python=python, machine=machine_name)
-                    return bundles.build(
-                        folder, target, model=chosen, key=signing, requirements=packages, say=shown.bytes
-                    )
+                    if target not in built:
+                        built[target] = bundles.build(
+                            folder, target, model=chosen, key=signing, requirements=packages, say=shown.bytes
+                        )
+                    return built[target]
 
             def of_host(address: str) -> Device:
                 host, port = broker_place(broker, address)
@@ -202,16 +208,14 @@ def make_image(
     python: Annotated[
         str, typer.Option(help="The system's Python: 3.13 in Raspberry Pi OS 13, 3.12 in JetPack 7's Ubuntu.")
     ] = "3.13",
-    site: Annotated[str, typer.Option(help="Name of the site.")] = DEFAULT_SITE,
-    users: Annotated[Path, typer.Option(help="The broker's users file; the device gets a user there.")] = DEFAULT_USERS,
-    open_broker: Annotated[bool, typer.Option("--open-broker", help="The broker wants no users.")] = False,
-    config: Annotated[
-        Path | None, typer.Option(help="TOML of the agent, for what `edge-agent config` lists.", show_default=False)
-    ] = None,
+    site: Site = DEFAULT_SITE,
+    users: Users = DEFAULT_USERS,
+    open_broker: OpenBroker = False,
+    config: Config = None,
     model: Model = None,
     folder: Folder = bundles.DEFAULT_FOLDER,
     site_key_file: SiteKeyFile = DEFAULT_KEY,
-    machine_name: Annotated[str, typer.Option("--machine", help="Processor, as `uname -m` says it.")] = "aarch64",
+    machine_name: MachineName = "aarch64",
 ) -> None:
     """Have a card install an agent at its first start, without any network (docs/flash.md, Cards)."""
     try:

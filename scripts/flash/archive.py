@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import lzma
 import tarfile
+import time
 import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
+from broker_config.files import file_digest
 from edge_agent.release.manifest import Layer
 
 MTIME = 1_577_836_800
@@ -51,10 +52,8 @@ def write_layer(folder: Path, files: Files, *, compress: bool, done: Callable[[i
                         tar.addfile(member, file)
                 unpacked += member.size
                 done(member.size)
-    with unfinished.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    layer = Layer(sha256=digest, size_bytes=unfinished.stat().st_size, unpacked_bytes=unpacked)
-    unfinished.replace(folder / f"{digest}.layer")
+    layer = Layer(sha256=file_digest(unfinished), size_bytes=unfinished.stat().st_size, unpacked_bytes=unpacked)
+    unfinished.replace(folder / layer.file_name)
     return layer
 
 
@@ -64,7 +63,7 @@ def zip_app(files: Files) -> bytes:
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in sorted(files):
             content = files[name]
-            member = zipfile.ZipInfo(name, date_time=(2020, 1, 1, 0, 0, 0))
+            member = zipfile.ZipInfo(name, date_time=time.gmtime(MTIME)[:6])
             member.compress_type, member.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
             archive.writestr(member, content if isinstance(content, bytes) else content.read_bytes())
     return out.getvalue()

@@ -23,11 +23,12 @@ from pathlib import Path
 
 import msgspec
 
-from broker_config.files import write_whole
+from broker_config.files import file_digest, write_whole
 from broker_config.messages import PROTOCOL_VERSION
 from edge_agent.errors import AgentError
 from edge_agent.model.manifest import MANIFEST_NAME, read_manifest, verify_digests
-from edge_agent.release.manifest import Layer, Release
+from edge_agent.release.manifest import AGENT_LAYER, MODEL_LAYER, RUNTIME_LAYER, Layer, Release
+from edge_agent.release.place import PUBLIC_KEY
 from scripts.flash.archive import FILTERS, MTIME, Files, tree, write_layer, zip_app
 from scripts.flash.errors import BundleFailed
 from scripts.flash.keys import SiteKey
@@ -35,9 +36,7 @@ from scripts.flash.wheels import ROOT, UNUSED, Target, Wheel, is_unused, questio
 
 DEFAULT_FOLDER = Path("build/device-bundle")
 AGENT_ROOMS = ("broker_config", "edge_agent")
-RUNTIME, AGENT, MODEL = "runtime", "agent", "model"
-_RECIPES = "recipes.json"
-PUBLIC_KEY = "site.pub"
+LAYERS, _RECIPES = "layers", "recipes.json"
 _MAIN = b"import sys\nfrom edge_agent.release.cli import main\nsys.exit(main())\n"
 
 Say = Callable[[str, int, int], None]
@@ -54,9 +53,9 @@ class Bundle:
     public_key: bytes
     wheels: tuple[Wheel, ...]
 
-    def layer(self, sha256: str) -> Path:
-        """The archive of one layer."""
-        return self.folder / "layers" / f"{sha256}.layer"
+    def archive(self, layer: Layer) -> Path:
+        """Of one layer."""
+        return self.folder / LAYERS / layer.file_name
 
     @property
     def installer(self) -> Path:
@@ -93,22 +92,25 @@ def build(
             return _layer(folder, files, f"packages for Python {target.python}", say, compress=True)
 
     own = _agent_files()
+    own_digest = _digest(own)
     model_files: Files = {name: model / name for name in (MANIFEST_NAME, *(file.path for file in manifest.files))}
-    model_digest = hashlib.sha256((model / MANIFEST_NAME).read_bytes()).hexdigest()
+    model_digest = file_digest(model / MANIFEST_NAME)
     layers = {
-        RUNTIME: _made(folder, recipes, _key(RUNTIME, target.machine, target.python, runtime, UNUSED), packages),
-        AGENT: _made(
-            folder, recipes, _key(AGENT, _digest(own)), lambda: _layer(folder, own, "agent", say, compress=True)
+        RUNTIME_LAYER: _made(
+            folder, recipes, _key(RUNTIME_LAYER, target.machine, target.python, runtime, UNUSED), packages
         ),
-        MODEL: _made(
+        AGENT_LAYER: _made(
+            folder, recipes, _key(AGENT_LAYER, own_digest), lambda: _layer(folder, own, "agent", say, compress=True)
+        ),
+        MODEL_LAYER: _made(
             folder,
             recipes,
-            _key(MODEL, model_digest),
+            _key(MODEL_LAYER, model_digest),
             lambda: _layer(folder, model_files, "model", say, compress=False),
         ),
     }
     release = Release(
-        version=_version(own),
+        version=f"{metadata.version('kvbus')}+{own_digest[:8]}",  # of the project, and of exactly this code
         protocol=PROTOCOL_VERSION,
         machine=target.machine,
         python=target.python,
@@ -131,13 +133,14 @@ def build(
 
 
 def installer() -> bytes:
-    """`installer.pyz`: edge_agent.release alone, which needs nothing but Python."""
+    """`installer.pyz`: edge_agent.release and the one module that it uses, which need nothing but Python."""
     files: dict[str, Path | bytes] = {
         f"edge_agent/release/{name}": path
         for name, path in tree(ROOT / "edge_agent" / "release").items()
         if name.endswith(".py")
     }
-    return zip_app({"__main__.py": _MAIN, "edge_agent/__init__.py": b"", **files})
+    files |= {"edge_agent/__init__.py": b"", "broker_config/__init__.py": b""}
+    return zip_app({"__main__.py": _MAIN, "broker_config/files.py": ROOT / "broker_config" / "files.py", **files})
 
 
 def _agent_files() -> dict[str, Path | bytes]:
@@ -151,11 +154,6 @@ def _agent_files() -> dict[str, Path | bytes]:
     for name in ("LICENSE", "NOTICE"):
         files[f"kvbus-{version}.dist-info/{name}"] = ROOT / name
     return files
-
-
-def _version(own: Files) -> str:
-    """Of the project, and of exactly this code."""
-    return f"{metadata.version('kvbus')}+{_digest(own)[:8]}"
 
 
 def _digest(files: Files) -> str:
@@ -176,7 +174,7 @@ def _layer(folder: Path, files: Files, title: str, say: Say, *, compress: bool) 
         taken += nbytes
         say(title, taken, total)
 
-    return write_layer(folder / "layers", files, compress=compress, done=done)
+    return write_layer(folder / LAYERS, files, compress=compress, done=done)
 
 
 def _resolved(folder: Path, target: Target, requirements: Sequence[str], say: Say) -> tuple[Wheel, ...]:
@@ -206,7 +204,7 @@ def _made(folder: Path, recipes: dict[str, Layer], key: str, make: Callable[[], 
     """The layer of a recipe: as it was made before, if it is still there whole in size."""
     known = recipes.get(key)
     if known is not None:
-        path = folder / "layers" / f"{known.sha256}.layer"
+        path = folder / LAYERS / known.file_name
         if path.exists() and path.stat().st_size == known.size_bytes:
             return known
     layer = make()

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from edge_agent.release.layers import digest_of
-from edge_agent.release.place import MANIFEST, SIGNATURE
-from scripts.flash.bundle import PUBLIC_KEY, Bundle
+from broker_config.files import file_digest
+from edge_agent.release.place import MANIFEST, PUBLIC_KEY, SIGNATURE
+from scripts.flash.bundle import Bundle
 from scripts.flash.device import Device
 from scripts.flash.errors import CardRefused
 from scripts.flash.media import Content, ExtImage, FatImage, Folder, Medium, partitions, read_back
@@ -65,11 +65,11 @@ WantedBy=multi-user.target
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """What was found, and what was put there. system: for people; bytes_: of all files."""
+    """What was found, and what was put there. system: for people; nbytes: of all files."""
 
     system: str
     files: tuple[str, ...]
-    nbytes: int = field(default=0)
+    nbytes: int
 
 
 def customise(target: Path, bundle: Bundle, device: Device) -> Card:
@@ -84,11 +84,9 @@ def customise(target: Path, bundle: Bundle, device: Device) -> Card:
     if raspberry:
         files |= _cloud_init(medium)
     else:
-        unit = f"etc/systemd/system/{UNIT}"
-        files[unit] = _UNIT.format(folder=folder).encode()
+        files[f"etc/systemd/system/{UNIT}"] = _UNIT.format(folder=folder).encode()
     nbytes = sum(len(each) if isinstance(each, bytes) else each.stat().st_size for each in files.values())
-    if isinstance(medium, Folder) and shutil.disk_usage(medium.path).free < nbytes:
-        free = shutil.disk_usage(medium.path).free
+    if isinstance(medium, Folder) and (free := shutil.disk_usage(medium.path).free) < nbytes:
         raise CardRefused(f"{free / 1e6:.0f} MB are free on {target}, {nbytes / 1e6:.0f} MB are needed")
     medium.write(files, modes)
     if isinstance(medium, ExtImage):
@@ -110,8 +108,8 @@ def package(bundle: Bundle, device: Device) -> dict[str, Content]:
         "first-start.sh": _FIRST_START.format(python=release.python).encode(),
     }
     for layer in release.layers.values():
-        path = bundle.layer(layer.sha256)
-        if digest_of(path) != layer.sha256:
+        path = bundle.archive(layer)
+        if file_digest(path) != layer.sha256:
             raise CardRefused(f"{path} is damaged; remove it and build the bundle again")
         files[path.name] = path
     return files

@@ -10,15 +10,13 @@ from typing import Any
 
 from broker_config.errors import BusError
 from broker_config.settings import convert, read_toml, write_toml
-from broker_config.users import users as names_in
-from coordinator.credentials import add_agent
+from coordinator.credentials import password_file_of
 from edge_agent.release.place import CONFIGURATION, PASSWORD, Place
 from edge_agent.release.units import STATE
 from edge_agent.settings import AgentSettings
 from scripts.flash.errors import BundleFailed
 
 DEFAULT_SITE = "home"
-DEFAULT_PORT = 1883
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +62,7 @@ def agent_named(host: str) -> str:
 
 def _password(users: Path, agent: str) -> bytes:
     """The one that it has, or a new one with a new user."""
-    kept = users.parent / f"{agent}.password"
-    if agent not in names_in(users) or not kept.exists():
-        add_agent(users, agent)
+    kept = password_file_of(users, agent)
     try:
         return kept.read_bytes()
     except OSError as error:

@@ -7,20 +7,21 @@ import getpass
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Container
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from broker_config.discovery import MDNS
 from broker_config.errors import BusError
+from broker_config.files import file_digest
 from broker_config.settings import BrokerSettings
 from edge_agent.release.install import SPARE_BYTES
-from edge_agent.release.layers import digest_of
-from edge_agent.release.manifest import Release
-from edge_agent.release.place import MANIFEST, SIGNATURE
+from edge_agent.release.manifest import MODEL_LAYER, Layer, Release
+from edge_agent.release.place import MANIFEST, PUBLIC_KEY, SIGNATURE
 from edge_agent.release.units import AGENT
-from scripts.flash.bundle import PUBLIC_KEY, Bundle
+from scripts.flash.bundle import Bundle
 from scripts.flash.device import Device
 from scripts.flash.errors import FlashError, HostFailed, HostUnfit, HostUnreachable
 from scripts.flash.host import Host, quoted
@@ -39,9 +40,7 @@ BESIDE_MODEL_BYTES = 320_000_000
 for SmolLM2-135M, one of 1 GB is not."""
 
 _LOOK = (
-    "uname -m; id -u; for version in "
-    + " ".join(sorted(PYTHONS, reverse=True))
-    + '; do p=$(command -v "python$version") '
+    "uname -m; for version in " + " ".join(sorted(PYTHONS, reverse=True)) + '; do p=$(command -v "python$version") '
     '&& echo "python $version $p"; done; python3 -c \'import sys; print("python", "%d.%d" % sys.version_info[:2], '
     "sys.executable)' 2>/dev/null; echo end"
 )
@@ -96,16 +95,16 @@ class Flasher:
         bundle = self._orders.bundle(python, machine)
         staging = self._staging()
         self._host.run(f"mkdir -p -m 700 {quoted(staging)}")
-        installer = f"{staging}/installer-{digest_of(bundle.installer)[:12]}.pyz"
+        installer = f"{staging}/installer-{file_digest(bundle.installer)[:12]}.pyz"
         self._put(bundle.installer, installer)
         self._installer = quoted(pythons[python], "-I", installer)
         if not self._orders.dry_run:
             self._host.hold(f"{self._installer} hold --who {quoted(f'{getpass.getuser()}@{socket.gethostname()}')}")
-        facts = self._host.ask(
-            f"{self._installer} facts --broker {quoted(_address(device.settings.broker))}", root=True
-        )
-        missing = [each for each in bundle.release.layers.values() if each.sha256 not in facts["layers"]]
-        self._check(facts, bundle.release, device)
+        broker = device.settings.broker
+        wanted = "" if broker.host == MDNS else f"--broker {quoted(broker.address)}"  # the agent looks for it by itself
+        facts = self._host.ask(f"{self._installer} facts {wanted}", root=True)
+        missing = {name: each for name, each in bundle.release.layers.items() if each.sha256 not in facts["layers"]}
+        self._check(facts, bundle.release, missing.values(), broker.address)
         if self._orders.dry_run:
             self._host.run(f"rm {quoted(installer)}; rmdir --ignore-fail-on-non-empty {quoted(staging)}")
             return Flashed(
@@ -115,13 +114,12 @@ class Flasher:
                 seconds=time.monotonic() - began_s,
                 proof=None,
                 changed=False,
-                plan=_plan(facts, bundle, device),
+                plan=_plan(facts, bundle.release, missing, device),
             )
         if facts["trial"] is not None:  # whoever began it is not at work any more, or we could not hold the device
             self._host.run(f"{self._installer} undo --why 'another flash took its place'", root=True)
-        for layer in missing:
-            name = next(name for name, each in bundle.release.layers.items() if each is layer)
-            self._put(bundle.layer(layer.sha256), f"{staging}/{layer.sha256}.layer", title=f"sending the {name}")
+        for name, layer in missing.items():
+            self._put(bundle.archive(layer), f"{staging}/{layer.file_name}", title=f"sending the {name}")
         for name, content in (
             (MANIFEST, bundle.release.to_bytes()),
             (SIGNATURE, bundle.signature),
@@ -165,14 +163,12 @@ class Flasher:
         """In the user's own home, where nobody else can put what root would run."""
         return self._host.run('printf %s "$HOME"').strip() + "/.cache/kvbus-flash"
 
-    def _check(self, facts: dict[str, Any], release: Release, device: Device) -> None:
+    def _check(self, facts: dict[str, Any], release: Release, missing: Collection[Layer], broker: str) -> None:
         name = self._host.name
-        missing = [each for each in release.layers.values() if each.sha256 not in facts["layers"]]
         unpacked = sum(each.unpacked_bytes for each in missing) + SPARE_BYTES
         sent = sum(each.size_bytes for each in missing)
-        needed = release.layers["model"].unpacked_bytes + BESIDE_MODEL_BYTES
+        needed = release.layers[MODEL_LAYER].unpacked_bytes + BESIDE_MODEL_BYTES
         off_s = facts["time_s"] - time.time()
-        broker = _address(device.settings.broker)
         reasons = [
             (not facts["root"], "sudo does not make us root there"),
             (not facts["systemd"], "it does not run systemd"),
@@ -320,24 +316,15 @@ def _saying(error: FlashError, text: str) -> FlashError:
     return type(error)(text)
 
 
-def _address(settings: BrokerSettings) -> str:
-    return f"{settings.host}:{settings.port}"
-
-
-def _plan(facts: dict[str, Any], bundle: Bundle, device: Device) -> tuple[str, ...]:
+def _plan(facts: dict[str, Any], release: Release, missing: Container[str], device: Device) -> tuple[str, ...]:
     """What a flash would do, line by line."""
     lines = [
         f"{facts['machine']}, Python {facts['python']}, {facts['memory_bytes'] / 1e9:.1f} GB, {facts['cores']} cores"
     ]
-    for name, layer in bundle.release.layers.items():
-        if layer.sha256 in facts["layers"]:
-            lines.append(f"{name}: is there")
-        else:
-            lines.append(
-                f"{name}: send {layer.size_bytes / 1e6:.1f} MB, {layer.unpacked_bytes / 1e6:.1f} MB on its disk"
-            )
-    lines.append(f"release {bundle.release.version} in place of {facts['current'] or 'nothing'}")
-    lines.append(
-        f"agent {device.settings.agent} of site {device.settings.site}, broker {_address(device.settings.broker)}"
-    )
+    for name, layer in release.layers.items():
+        sizes = f"send {layer.size_bytes / 1e6:.1f} MB, {layer.unpacked_bytes / 1e6:.1f} MB on its disk"
+        lines.append(f"{name}: {sizes if name in missing else 'is there'}")
+    lines.append(f"release {release.version} in place of {facts['current'] or 'nothing'}")
+    settings = device.settings
+    lines.append(f"agent {settings.agent} of site {settings.site}, broker {settings.broker.address}")
     return tuple(lines)

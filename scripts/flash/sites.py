@@ -6,11 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from broker_config.settings import BrokerSettings
-from broker_config.users import users as names_in
-from coordinator.credentials import add_agent
-from scripts.flash.device import DEFAULT_PORT
+from coordinator.credentials import password_file_of
 from scripts.flash.errors import HostUnfit
 
+DEFAULT_PORT = BrokerSettings().port
 OWN_USER = "flash"
 """At the broker: who asks an agent for its proof."""
 
@@ -19,10 +18,7 @@ def here_of(users: Path | None, address: str) -> Callable[[BrokerSettings], Brok
     """The broker as we reach it, with a user of our own."""
     user = password_file = None
     if users is not None:
-        user, password = OWN_USER, users.parent / f"{OWN_USER}.password"
-        if OWN_USER not in names_in(users) or not password.exists():
-            add_agent(users, OWN_USER)
-        password_file = str(password)
+        user, password_file = OWN_USER, str(password_file_of(users, OWN_USER))
 
     def here(there: BrokerSettings) -> BrokerSettings:
         host, port = broker_place(address, there.host, there.port)

@@ -12,11 +12,12 @@ from pathlib import Path
 import msgspec
 import tokenizers
 
+from broker_config.files import file_digest
 from broker_config.messages import Rung
 from edge_agent.errors import AgentError
 from edge_agent.kv.profile import Profile
 from edge_agent.kv.transform import TRANSFORM_FILE, Transform
-from edge_agent.model.manifest import MANIFEST_NAME, FileEntry, Manifest, Precision, Prompt, file_digest
+from edge_agent.model.manifest import MANIFEST_NAME, FileEntry, Manifest, Precision, Prompt
 from edge_agent.model.text import Text
 from scripts.prepare_model import cache, calibration, ladder, profile, quality, source
 from scripts.prepare_model.answered import Answered

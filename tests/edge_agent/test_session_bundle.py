@@ -11,8 +11,9 @@ from typing import Any
 import onnx
 import pytest
 
+from broker_config.files import file_digest
 from edge_agent.errors import BundleInvalid, ModelUnsupported
-from edge_agent.model.manifest import MANIFEST_NAME, MANIFEST_VERSION, file_digest, read_manifest, verify_digests
+from edge_agent.model.manifest import MANIFEST_NAME, MANIFEST_VERSION, read_manifest, verify_digests
 from edge_agent.model.session import Model
 from edge_agent.model.text import TOKENIZER_NAME, Text
 from tests import tiny

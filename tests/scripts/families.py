@@ -17,8 +17,9 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
+from broker_config.files import file_digest
 from edge_agent.kv.cache import Float32
-from edge_agent.model.manifest import FileEntry, Manifest, Prompt, file_digest
+from edge_agent.model.manifest import FileEntry, Manifest, Prompt
 from edge_agent.model.session import Model
 from scripts.prepare_model.architecture import Architecture
 from scripts.prepare_model.cache import cache_root, locked, shaping_versions

@@ -124,14 +124,14 @@ def test_a_bundle_is_the_same_wherever_it_is_made_and_made_once(
     assert one.installer.read_bytes() == other.installer.read_bytes()
     assert set(one.release.layers) == {"runtime", "agent", "model"}
     for layer in one.release.layers.values():
-        assert one.layer(layer.sha256).read_bytes() == other.layer(layer.sha256).read_bytes()
+        assert one.archive(layer).read_bytes() == other.archive(layer).read_bytes()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "one" / "layers").iterdir()}
     asked = len(few_wheels)
     again = built(tmp_path / "one", tmp_path, tiny_bundle)
     assert again.release == one.release
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "one" / "layers").iterdir()} == before
     assert len(few_wheels) == asked  # no internet is needed any more
-    one.layer(one.release.layers["agent"].sha256).unlink()
+    one.archive(one.release.layers["agent"]).unlink()
     assert built(tmp_path / "one", tmp_path, tiny_bundle).release == one.release
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from broker_config.files import file_digest
 from edge_agent.errors import AgentError
 from edge_agent.model.manifest import Manifest, read_manifest
 from edge_agent.model.text import Text
@@ -144,7 +144,6 @@ def _genai(peers: Peers) -> Variant:
 
 def _digest(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_digest(path)
     except OSError as error:
         raise PreparationError(f"--gguf {path}: {error.strerror}") from None

@@ -301,7 +301,7 @@ def test_only_one_release_is_on_trial_and_only_one_that_is_there(place: Place, t
         place.trial()
 
 
-@pytest.mark.parametrize("cut_at", range(12))
+@pytest.mark.parametrize("cut_at", range(16))
 def test_a_power_cut_at_any_rename_leaves_a_release_that_worked(
     place: Place, tmp_path: Path, told: Told, cut_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,7 +324,7 @@ def test_a_power_cut_at_any_rename_leaves_a_release_that_worked(
 
         monkeypatch.setattr(Path, name, change)
 
-    for name in ("rename", "unlink", "symlink_to"):
+    for name in ("rename", "replace", "unlink", "symlink_to"):
         counted(name)
     confirmed = False
     try:
