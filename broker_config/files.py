@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+_alone = threading.local()
 
 
 def write_whole(path: Path, content: bytes, mode: int = 0o600) -> None:
@@ -26,6 +32,30 @@ def write_whole(path: Path, content: bytes, mode: int = 0o600) -> None:
     finally:
         if unfinished is not None:
             unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Wait until nobody else is between reading a folder's files and replacing them; the lock ends with its process.
+    The folder is made if it is missing. Whoever is alone in it already may enter again. Raises OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    number = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        inside: set[tuple[int, int]] = _alone.__dict__.setdefault("inside", set())
+        found = os.fstat(number)
+        key = (found.st_dev, found.st_ino)
+        if key in inside:
+            yield
+            return
+        fcntl.flock(number, fcntl.LOCK_EX)
+        inside.add(key)
+        try:
+            yield
+        finally:
+            inside.discard(key)
+    finally:
+        os.close(number)
 
 
 def sync(path: Path) -> None:

@@ -105,8 +105,9 @@ def convert(content: Mapping[str, Any], type: type[S], path: Path) -> S:  # noqa
 def describe(type: type[Struct]) -> str:  # noqa: A002
     """The commented TOML template of a configuration struct: title, unit and default of every field.
 
-    A field without a value to show (None, or required) stands commented out. Raises TypeError for a field that has
-    no title, or no unit though it is a value.
+    Every value stands commented out, so that a file says no more than what somebody has chosen, and the defaults of a
+    later version, or of a device, are taken for the rest. Raises TypeError for a field that has no title, or no unit
+    though it is a value.
     """
     information = kinds.type_info(type)
     assert isinstance(information, kinds.StructType)  # noqa: S101  (what type_info gives for a Struct)
@@ -149,16 +150,14 @@ def _template(struct: kinds.StructType, values: Struct | None, table: str) -> It
         absent = value is None and not field.required
         yield f"# {title}"
         for line in (f"[{name}]", *lines):
-            yield f"# {line}" if absent and line and not line.startswith("#") else line
+            yield f"#{line}" if absent and line.startswith("[") else line
 
 
 def _assignment(field: kinds.Field, value: object) -> str:
     if value is msgspec.NODEFAULT:
-        return f"# {field.name} =   (required)"
+        return f"#{field.name} =   (required)"
     plain = msgspec.to_builtins(value)
-    if plain is None:
-        return f"# {field.name} ="
-    return f"{field.name} = {_toml(plain)}"
+    return f"#{field.name} =" if plain is None else f"#{field.name} = {_toml(plain)}"
 
 
 def _toml(value: object) -> str:

@@ -12,10 +12,12 @@ import hashlib
 import hmac
 import re
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from broker_config.errors import ConfigurationError
-from broker_config.files import write_whole
+from broker_config.files import alone, write_whole
 
 ITERATIONS = 20_000  # some 10 ms on a laptop; the passwords are random, and agents reconnect in storms
 SALT_BYTES = 12  # Mosquitto 2.0 takes no other length
@@ -28,7 +30,8 @@ _LINE = re.compile(
 
 
 def add_user(path: Path, name: str, password: str) -> None:
-    """Add a user, or give an existing one a new password. The file is replaced at once and readable by us only.
+    """Add a user, or give an existing one a new password. The file is replaced at once and readable by us only; whoever
+    changes it at the same time loses nothing.
 
     Raises ConfigurationError for a name that can't be one, an empty password, or a file that can't be written.
     """
@@ -36,21 +39,22 @@ def add_user(path: Path, name: str, password: str) -> None:
         raise ConfigurationError(f"{name!r} can't be a user: letters, digits, '.', '_' and '-', 64 at most")
     if not password or "\n" in password or "\0" in password:
         raise ConfigurationError(f"the password of {name} must be one line and not empty")
-    kept = [line for line in _lines(path) if line.partition(":")[0] != name]
     salt = secrets.token_bytes(SALT_BYTES)
     digest = _hash(password, salt, ITERATIONS)
     fields = ["", "7", str(ITERATIONS), base64.b64encode(salt).decode(), base64.b64encode(digest).decode()]
-    _write(path, [*kept, f"{name}:{'$'.join(fields)}"])
+    with _changing(path):
+        kept = [line for line in _lines(path) if line.partition(":")[0] != name]
+        _write(path, [*kept, f"{name}:{'$'.join(fields)}"])
 
 
 def remove_user(path: Path, name: str) -> bool:
     """Remove a user. Returns whether there was one. Raises ConfigurationError if the file can't be written."""
-    lines = _lines(path)
-    kept = [line for line in lines if line.partition(":")[0] != name]
-    if len(kept) == len(lines):
-        return False
-    _write(path, kept)
-    return True
+    with _changing(path):
+        lines = _lines(path)
+        kept = [line for line in lines if line.partition(":")[0] != name]
+        if len(kept) < len(lines):
+            _write(path, kept)
+    return len(kept) < len(lines)
 
 
 def users(path: Path) -> tuple[str, ...]:
@@ -87,7 +91,13 @@ def _lines(path: Path) -> list[str]:
 
 
 def _write(path: Path, lines: list[str]) -> None:
+    write_whole(path, "".join(f"{line}\n" for line in lines).encode())
+
+
+@contextmanager
+def _changing(path: Path) -> Iterator[None]:
     try:
-        write_whole(path, "".join(f"{line}\n" for line in lines).encode())
+        with alone(path.parent):
+            yield
     except OSError as error:
         raise ConfigurationError(f"can't write the users to {path}: {error.strerror or error}") from None

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from broker_config.errors import ConfigurationError
-from broker_config.files import write_whole
+from broker_config.files import alone, write_whole
 from broker_config.users import add_user
 from broker_config.users import users as names_in
 
@@ -19,23 +21,55 @@ def add_agent(users: Path, name: str, *, password_file: Path | None = None, pass
 
     password: made at random if none is given. Raises ConfigurationError; what was there is there still.
     """
-    target = password_file or users.parent / f"{name}.password"
+    target = password_file or _beside(users, name)
     secret = password if password is not None else secrets.token_urlsafe(24)
-    try:
-        users.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(target.parent, os.W_OK):
-            raise ConfigurationError(f"can't write {target}: no such folder, or it is not ours")
-        add_user(users, name, secret)
-        write_whole(target, f"{secret}\n".encode())
-    except OSError as error:
-        raise ConfigurationError(f"can't write {target}: {error.strerror or error}") from None
+    with _changing(users, target):
+        _add(users, name, secret, target)
     return target
 
 
-def password_file_of(users: Path, name: str) -> Path:
-    """The file beside the users that holds a user's password; both are made unless they are there.
+def known_password_file(users: Path, name: str) -> Path | None:
+    """The file beside the users that holds a user's password, None if there is no such user.
 
-    Raises ConfigurationError.
+    Raises ConfigurationError for a user whose password isn't there: whoever has it would be shut out by a new one.
     """
-    kept = users.parent / f"{name}.password"
-    return kept if name in names_in(users) and kept.exists() else add_agent(users, name)
+    kept = _beside(users, name)
+    if name not in names_in(users):
+        return None
+    if not kept.exists():
+        raise ConfigurationError(
+            f"{name} is a user in {users}, but its password is not in {kept}: put it there, or give it another "
+            f"(coordinator add-agent {name} --users {users}), which shuts out who has the old one"
+        )
+    return kept
+
+
+def password_file_of(users: Path, name: str) -> Path:
+    """The same; a user that isn't there is added, once, whoever else asks for it. Raises ConfigurationError."""
+    target = _beside(users, name)
+    with _changing(users, target):
+        kept = known_password_file(users, name)
+        if kept is None:
+            _add(users, name, secrets.token_urlsafe(24), target)
+    return target
+
+
+def _beside(users: Path, name: str) -> Path:
+    return users.parent / f"{name}.password"
+
+
+def _add(users: Path, name: str, secret: str, target: Path) -> None:
+    add_user(users, name, secret)
+    write_whole(target, f"{secret}\n".encode())
+
+
+@contextmanager
+def _changing(users: Path, target: Path) -> Iterator[None]:
+    """Alone with the users and their passwords, which change together."""
+    try:
+        with alone(users.parent):
+            if not os.access(target.parent, os.W_OK):
+                raise ConfigurationError(f"can't write {target}: no such folder, or it is not ours")
+            yield
+    except OSError as error:
+        raise ConfigurationError(f"can't write {target}: {error.strerror or error}") from None

@@ -12,10 +12,12 @@ import shutil
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from edge_agent.release import system, trial
-from edge_agent.release.errors import DeviceBusy, ReleaseError, SystemFailed
+from edge_agent.release.errors import DeviceBusy, LayerDamaged, ReleaseError, SystemFailed
 from edge_agent.release.install import Package, describe, install
 from edge_agent.release.place import Place
 from edge_agent.release.units import TRIAL
@@ -32,12 +34,17 @@ def main(words: list[str] | None = None) -> int:
     try:
         arguments.work(Place(arguments.root), arguments)
     except ReleaseError as error:
-        print(f"kvbus: {error}", file=sys.stderr)  # noqa: T201
-        return 1
+        return _failed(str(error))
     except PermissionError as error:
-        print(f"kvbus: only root may do this: {error}", file=sys.stderr)  # noqa: T201
-        return 1
+        return _failed(f"only root may do this: {error}")
+    except OSError as error:
+        return _failed(f"{error.filename or 'the system'}: {error.strerror or error}")
     return 0
+
+
+def _failed(why: str) -> int:
+    print(f"kvbus: {why}", file=sys.stderr)  # noqa: T201
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
 
     facts = command("facts", _facts, "what a laptop asks before it sends anything")
     facts.add_argument("--broker", default="", help="HOST:PORT to be reached from here")
+    facts.add_argument("--staging", type=Path, default=Path("/"), help="where what is sent will lie")
     hold = command("hold", _hold, "keep others from flashing until standard input ends")
     hold.add_argument("--who", default="")
     put = command("install", _install, "unpack a release and make it ready")
@@ -80,10 +88,12 @@ def _say(**fields: object) -> None:
 def _facts(place: Place, arguments: argparse.Namespace) -> None:
     host, _, port = arguments.broker.rpartition(":")
     existing = next(path for path in (place.root, *place.root.parents) if path.exists())
+    apart = existing.stat().st_dev != arguments.staging.stat().st_dev
     _say(
         machine=platform.machine(),
         python=platform.python_version(),
         free_bytes=shutil.disk_usage(existing).free,
+        staging_free_bytes=shutil.disk_usage(arguments.staging).free if apart else None,
         memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         cores=os.cpu_count(),
         time_s=time.time(),
@@ -102,17 +112,27 @@ def _unreachable(host: str, port: int) -> str:
 
 
 def _hold(_: Place, arguments: argparse.Namespace) -> None:
-    number = os.open(LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    with _held(arguments.who):
+        _say(held=True)
+        while select.select([sys.stdin], [], [], SILENCE_S)[0] and os.read(sys.stdin.fileno(), 64):
+            pass  # a sign of life; who is silent for long has lost the link
+
+
+@contextmanager
+def _held(who: str) -> Iterator[None]:
+    """Nobody else changes what is installed. Raises DeviceBusy."""
+    number = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        who = os.read(number, 200).decode(errors="replace")
-        raise DeviceBusy(f"another flash is at work on this device{f', from {who}' if who else ''}") from None
-    os.ftruncate(number, 0)
-    os.pwrite(number, arguments.who.encode()[:200], 0)
-    _say(held=True)
-    while select.select([sys.stdin], [], [], SILENCE_S)[0] and os.read(sys.stdin.fileno(), 64):
-        pass  # a sign of life; who is silent for long has lost the link
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            other = os.read(number, 200).decode(errors="replace")
+            raise DeviceBusy(f"another flash is at work on this device{f', from {other}' if other else ''}") from None
+        os.ftruncate(number, 0)
+        os.pwrite(number, who.encode()[:200], 0)
+        yield
+    finally:
+        os.close(number)
 
 
 def _install(place: Place, arguments: argparse.Namespace) -> None:
@@ -125,25 +145,30 @@ def _install(place: Place, arguments: argparse.Namespace) -> None:
             told = now
             _say(layer=layer, share=round(share, 2))
 
-    name = install(place, Package(folder=arguments.package), Path(sys.executable), say)
-    if arguments.keep:
-        trial.begin(place, name, system.SystemdService(), within_s=60)
-        trial.confirm(place, name)
+    package = Package(folder=arguments.package)
+    if arguments.keep:  # nobody is there who holds the device, or to whom a trial would mean anything
+        with _held("its card"):
+            name = install(place, package, Path(sys.executable), say)
+            if name != place.current():
+                trial.begin(place, name, system.SystemdService(), within_s=60)
+                trial.confirm(place, name)
+    else:
+        try:
+            name = install(place, package, Path(sys.executable), say)
+        except LayerDamaged as error:
+            if error.archive is not None:
+                error.archive.unlink(missing_ok=True)  # or what has arrived so would be taken for what was sent
+            raise
     _say(release=name, in_use=name == place.current() and place.trial() is None)
 
 
 def _activate(place: Place, arguments: argparse.Namespace) -> None:
-    service = system.SystemdService()
-    trial.begin(place, arguments.release, service, within_s=arguments.within)
-    service.watch_trial()
+    trial.begin(place, arguments.release, system.SystemdService(), within_s=arguments.within)
     _say(release=arguments.release)
 
 
 def _back(place: Place, arguments: argparse.Namespace) -> None:
-    service = system.SystemdService()
-    name = trial.back(place, service, within_s=arguments.within)
-    service.watch_trial()
-    _say(release=name)
+    _say(release=trial.back(place, system.SystemdService(), within_s=arguments.within))
 
 
 def _confirm(place: Place, arguments: argparse.Namespace) -> None:

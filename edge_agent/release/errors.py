@@ -12,6 +12,8 @@ ReleaseError
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class ReleaseError(Exception):
     """Root of all errors of this package. str() is one line, fit for a person."""
@@ -26,7 +28,11 @@ class SignatureWrong(ReleaseError):
 
 
 class LayerDamaged(ReleaseError):
-    """A layer isn't what the manifest says."""
+    """A layer isn't what the manifest says. archive: the file that it isn't in."""
+
+    def __init__(self, text: str, archive: Path | None = None) -> None:
+        super().__init__(text)
+        self.archive = archive
 
 
 class DeviceUnfit(ReleaseError):

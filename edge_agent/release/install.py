@@ -21,6 +21,7 @@ from edge_agent.release.signature import add_packages, check_signature
 from edge_agent.release.units import AGENT
 
 CPU = "CPUExecutionProvider"
+FIRST_RUN_S = 1_800.0
 SPARE_BYTES = 64_000_000
 """Of disk that stays free, so that logs and states can still be written."""
 
@@ -64,6 +65,8 @@ def install(place: Place, package: Package, python: Path, say: Callable[[str, fl
         add_packages(place.releases / current / RUNTIME_LAYER)
         check_signature(content, signature, trusted)
     _has_room(place, release)
+    if current is None:
+        write_whole(place.installer, Path(sys.argv[0]).read_bytes())  # takes off again what a failure leaves
     group = system.make_user()
     for name, layer in release.layers.items():
         unpacked = unpack(
@@ -76,7 +79,11 @@ def install(place: Place, package: Package, python: Path, say: Callable[[str, fl
             add_packages(unpacked)
             check_signature(content, signature, package.read(PUBLIC_KEY))
     name = place.add(release, signature, package.own(), python, group)
-    _first_run(place.releases / name)
+    try:
+        _first_run(place.releases / name)
+    except SystemFailed:
+        place.forget_unused()  # so that a layer that is damaged on this disk is sent anew
+        raise
     if trusted is None or current is None:
         write_whole(place.key, package.read(PUBLIC_KEY))
     write_whole(place.installer, Path(sys.argv[0]).read_bytes())
@@ -114,9 +121,10 @@ def _first_run(release: Path) -> None:
 
     Raises SystemFailed with what it says, if it can't.
     """
-    said = system.run(str(release / COMMAND), "check", str(release / CONFIGURATION), timeout_s=1_800)
+    said = system.run(str(release / COMMAND), "check", str(release / CONFIGURATION), timeout_s=FIRST_RUN_S)
     if not said:
         raise SystemFailed(f"{release.name} does not start")
+    os.sync()  # what was compiled is not written by whoever runs it, so half a file would stay for good
 
 
 def describe(place: Place) -> dict[str, object]:

@@ -31,7 +31,7 @@ def unpack(archive: Path, layer: Layer, store: Path, progress: Callable[[int], N
     try:
         store.mkdir(parents=True, exist_ok=True)
         if files.file_digest(archive) != layer.sha256:
-            raise LayerDamaged(f"{archive.name} is not the layer {layer.sha256[:12]}: its digest is another")
+            raise LayerDamaged(f"{archive.name} is not the layer {layer.sha256[:12]}: its digest is another", archive)
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(mode=0o755)
         _extract(archive, layer, unfinished, progress)

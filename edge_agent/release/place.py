@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -177,10 +177,11 @@ class Place:
             self._failure.unlink(missing_ok=True)
 
     def end(self, failure: str | None = None) -> None:
-        """It is over; a failure is kept to be asked for. Raises SystemFailed."""
+        """It is over; a failure is kept to be asked for, if the disk has room for it. Raises SystemFailed."""
         with _saying("end the trial"):
             if failure is not None:
-                write_whole(self._failure, failure.encode())
+                with suppress(OSError):
+                    write_whole(self._failure, failure.encode())
             self._trial.unlink(missing_ok=True)
             sync(self.root)
 

@@ -20,7 +20,10 @@ def check_signature(content: bytes, signature: bytes, key: bytes) -> None:
         from cryptography.exceptions import InvalidSignature  # noqa: PLC0415  not there before the first release is
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey  # noqa: PLC0415
     except ImportError as error:
-        raise SystemFailed(f"can't check the signature: {error}") from None
+        raise SystemFailed(
+            f"can't check the signature ({error}): the Python of the release in use is gone; unflash the device "
+            "and flash it anew"
+        ) from None
     if len(key) != KEY_BYTES:
         raise SignatureWrong(f"the site's key on this device is damaged ({len(key)} bytes); unflash it and flash anew")
     try:

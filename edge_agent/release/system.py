@@ -30,7 +30,7 @@ class SystemdService:
         run("systemctl", "stop", AGENT, allowed=True)
 
     def watch_trial(self) -> None:
-        """Have systemd watch over the trial, whatever becomes of who began it."""
+        """See trial.Service."""
         run("systemctl", "restart", TRIAL)
 
 
@@ -76,7 +76,10 @@ def install_units(root: Path, python: Path, *, devices: bool) -> None:
     if changed:
         run("systemctl", "daemon-reload")
     if not COMMAND.exists() and not COMMAND.is_symlink():
-        COMMAND.symlink_to(root / "current" / "edge-agent")
+        try:
+            COMMAND.symlink_to(root / "current" / "edge-agent")
+        except OSError as error:
+            raise SystemFailed(f"can't write {COMMAND}: {error.strerror or error}") from None
 
 
 def remove_all(root: Path, *, state: bool) -> None:

@@ -19,6 +19,9 @@ LOOK_S = 1.0
 class Service(Protocol):
     """The agent as the system runs it."""
 
+    def watch_trial(self) -> None:
+        """Have the system watch over the trial, whatever becomes of who began it."""
+
     def restart(self) -> None:
         """Run what is current now."""
 
@@ -45,6 +48,7 @@ def begin(place: Place, release: str, service: Service, *, within_s: float) -> N
     previous = place.current()
     place.begin(Trial(release=release, previous=previous, boot=boot_id(), until_s=since_boot_s() + within_s))
     try:
+        service.watch_trial()
         place.use("current", release)
         service.restart()
     except ReleaseError as error:
@@ -66,16 +70,19 @@ def confirm(place: Place, release: str) -> None:
 
 
 def undo(place: Place, service: Service, why: str) -> str | None:
-    """Go back to what was in use before the trial; its name, None if nothing was. Raises SystemFailed."""
+    """Go back to what was in use before the trial; its name, None if nothing was.
+
+    Raises SystemFailed; then the trial isn't over, and whoever watches it tries again.
+    """
     trial = place.trial()
     if trial is None:
         return place.current()
     place.use("current", trial.previous)
-    place.end(failure=f"{trial.release} is not in use: {why}")
     if trial.previous is None:
         service.stop()
     else:
         service.restart()
+    place.end(failure=f"{trial.release} is not in use: {why}")
     return trial.previous
 
 

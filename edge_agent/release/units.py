@@ -76,10 +76,14 @@ _TRIAL = """# Written by kvbus: puts the earlier release back unless the new one
 [Unit]
 Description=kvbus: watch over a release on trial
 ConditionPathExists={root}/trial.json
+StartLimitIntervalSec=0
 
 [Service]
 Type=exec
 ExecStart={python} -I {root}/installer.pyz --root {root} watch
+# Going back may fail where the disk is full or systemd busy; it is tried until it is done.
+Restart=on-failure
+RestartSec=5
 """
 
 _SETTLE = """# Written by kvbus: a release that was on trial when the power went is not trusted.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import lzma
 import tarfile
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from broker_config.files import file_digest
 from edge_agent.release.manifest import Layer
@@ -30,13 +31,26 @@ def write_layer(folder: Path, files: Files, *, compress: bool, done: Callable[[i
     Raises OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / ".tmp-layer"
+    with tempfile.NamedTemporaryFile("wb", dir=folder, prefix=".tmp-", delete=False) as file:
+        unfinished = Path(file.name)
+        try:
+            unpacked = _pack(cast("IO[bytes]", file), files, compress=compress, done=done)
+            file.flush()
+            layer = Layer(sha256=file_digest(unfinished), size_bytes=unfinished.stat().st_size, unpacked_bytes=unpacked)
+            unfinished.replace(folder / layer.file_name)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    return layer
+
+
+def _pack(file: IO[bytes], files: Files, *, compress: bool, done: Callable[[int], None]) -> int:
+    """How many bytes went in."""
     unpacked = 0
     with ExitStack() as opened:
-        out: IO[bytes] = opened.enter_context(unfinished.open("wb"))
+        out = file
         if compress:
             out = opened.enter_context(
-                lzma.open(out, "wb", format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC32, filters=FILTERS)
+                lzma.open(file, "wb", format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC32, filters=FILTERS)
             )
         with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as tar:
             for name in sorted(files):
@@ -48,13 +62,11 @@ def write_layer(folder: Path, files: Files, *, compress: bool, done: Callable[[i
                     tar.addfile(member, io.BytesIO(content))
                 else:
                     member.size = content.stat().st_size
-                    with content.open("rb") as file:
-                        tar.addfile(member, file)
+                    with content.open("rb") as source:
+                        tar.addfile(member, source)
                 unpacked += member.size
                 done(member.size)
-    layer = Layer(sha256=file_digest(unfinished), size_bytes=unfinished.stat().st_size, unpacked_bytes=unpacked)
-    unfinished.replace(folder / layer.file_name)
-    return layer
+    return unpacked
 
 
 def zip_app(files: Files) -> bytes:

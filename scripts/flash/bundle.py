@@ -201,11 +201,11 @@ def _recipes(folder: Path) -> dict[str, Layer]:
 
 
 def _made(folder: Path, recipes: dict[str, Layer], key: str, make: Callable[[], Layer]) -> Layer:
-    """The layer of a recipe: as it was made before, if it is still there whole in size."""
+    """The layer of a recipe: as it was made before, if it is still there, every byte of it."""
     known = recipes.get(key)
     if known is not None:
         path = folder / LAYERS / known.file_name
-        if path.exists() and path.stat().st_size == known.size_bytes:
+        if path.exists() and file_digest(path) == known.sha256:
             return known
     layer = make()
     recipes[key] = layer

@@ -9,14 +9,12 @@ Either way the package of the device lies in a folder beside, which the first st
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from broker_config.files import file_digest
 from edge_agent.release.place import MANIFEST, PUBLIC_KEY, SIGNATURE
 from scripts.flash.bundle import Bundle
 from scripts.flash.device import Device
@@ -32,8 +30,8 @@ HEADER = "#cloud-config\n"
 FIRMWARE_FILES = ("config.txt", "cmdline.txt")
 
 _FIRST_START = """#!/bin/sh
-# Written by kvbus: installs the agent that lies beside this file, once.
-here=$(dirname "$0")
+# Written by kvbus: installs the agent that lies beside this file, and goes when it has.
+here=$(cd "$(dirname "$0")" && pwd)
 [ -e "$here/installer.pyz" ] || exit 0
 if ! python=$(command -v python{python}); then
   echo "no Python {python} on this device" | tee "$here/failed.txt" >&2
@@ -41,6 +39,8 @@ if ! python=$(command -v python{python}); then
 fi
 if "$python" -I "$here/installer.pyz" install --keep --package "$here" 2> /run/kvbus-first-start; then
   rm -rf "$here"  # it holds a password
+  systemctl disable --quiet {unit} 2> /dev/null
+  rm -f /etc/systemd/system/{unit}
 else
   tail -n 1 /run/kvbus-first-start | tee "$here/failed.txt" >&2
   exit 1
@@ -50,17 +50,25 @@ fi
 _UNIT = """# Written by kvbus.
 [Unit]
 Description=kvbus: install the agent at the first start
-ConditionPathExists=/{folder}/installer.pyz
+ConditionPathExists={folder}/installer.pyz
 After=local-fs.target
 
 [Service]
 Type=oneshot
-ExecStart=/bin/sh /{folder}/first-start.sh
+ExecStart=/bin/sh {folder}/first-start.sh
 TimeoutStartSec=3600
 
 [Install]
 WantedBy=multi-user.target
 """
+
+_BEGIN = f"""#!/bin/sh
+# Written by kvbus, for cloud-init: a service installs the agent, and tries again at the next start if the power goes.
+cp "$(dirname "$0")/{UNIT}" /etc/systemd/system/ && systemctl daemon-reload && systemctl enable --quiet {UNIT} &&
+  systemctl start --no-block {UNIT}
+"""
+_COMMAND = f"test ! -e {BOOT_FOLDER}/kvbus/begin.sh || sh {BOOT_FOLDER}/kvbus/begin.sh"
+"""At every start, early: what cloud-init does once (runcmd) is not done on a card that has been started before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +86,18 @@ def customise(target: Path, bundle: Bundle, device: Device) -> Card:
     Raises CardRefused for anything else, and if it does not fit or reads back otherwise.
     """
     medium, raspberry = _medium(target)
-    folder = "kvbus" if raspberry else ROOT_FOLDER
+    settings: dict[str, Content] = {}
+    if raspberry:
+        folder = "kvbus"
+        settings = _cloud_init(medium)
+        settings[f"{folder}/begin.sh"] = _BEGIN.encode()
+        settings[f"{folder}/{UNIT}"] = _UNIT.format(folder=f"{BOOT_FOLDER}/{folder}").encode()
+    else:
+        folder = ROOT_FOLDER
+        settings[f"etc/systemd/system/{UNIT}"] = _UNIT.format(folder=f"/{folder}").encode()
     files = {f"{folder}/{name}": content for name, content in package(bundle, device).items()}
     modes = dict.fromkeys(files, 0o600)
-    if raspberry:
-        files |= _cloud_init(medium)
-    else:
-        files[f"etc/systemd/system/{UNIT}"] = _UNIT.format(folder=folder).encode()
+    files |= settings
     nbytes = sum(len(each) if isinstance(each, bytes) else each.stat().st_size for each in files.values())
     if isinstance(medium, Folder) and (free := shutil.disk_usage(medium.path).free) < nbytes:
         raise CardRefused(f"{free / 1e6:.0f} MB are free on {target}, {nbytes / 1e6:.0f} MB are needed")
@@ -103,14 +116,12 @@ def package(bundle: Bundle, device: Device) -> dict[str, Content]:
         MANIFEST: release.to_bytes(),
         SIGNATURE: bundle.signature,
         PUBLIC_KEY: bundle.public_key,
-        **device.own,
+        **device.own(),
         "installer.pyz": bundle.installer,
-        "first-start.sh": _FIRST_START.format(python=release.python).encode(),
+        "first-start.sh": _FIRST_START.format(python=release.python, unit=UNIT).encode(),
     }
     for layer in release.layers.values():
         path = bundle.archive(layer)
-        if file_digest(path) != layer.sha256:
-            raise CardRefused(f"{path} is damaged; remove it and build the bundle again")
         files[path.name] = path
     return files
 
@@ -136,7 +147,7 @@ def _medium(target: Path) -> tuple[Medium, bool]:
     raise CardRefused(f"{target} holds no boot partition of Raspberry Pi OS, and no root file system (ext4) of a Linux")
 
 
-def _cloud_init(medium: Medium) -> Mapping[str, Content]:
+def _cloud_init(medium: Medium) -> dict[str, Content]:
     """user-data with one command more; what was there is kept beside it."""
     before = medium.read(USER_DATA)
     if before is None and medium.read(META_DATA) is None:
@@ -144,14 +155,13 @@ def _cloud_init(medium: Medium) -> Mapping[str, Content]:
             "this Raspberry Pi OS has no cloud-init (releases before November 2025 have none): "
             "write a later one to the card, or flash over SSH"
         )
-    command = f"sh {BOOT_FOLDER}/kvbus/first-start.sh"
     data = _read_user_data(before or b"")
-    commands = data.setdefault("runcmd", [])
+    commands = data.setdefault("bootcmd", [])
     if not isinstance(commands, list):
-        raise CardRefused(f"{USER_DATA}: runcmd is no list; mend it, or remove the file")
+        raise CardRefused(f"{USER_DATA}: bootcmd is no list; mend it, or remove the file")
     files: dict[str, Content] = {}
-    if command not in commands:
-        commands.append(command)
+    if _COMMAND not in commands:
+        commands.append(_COMMAND)
         if before is not None:
             files[KEPT] = before
         files[USER_DATA] = (HEADER + yaml.safe_dump(data, sort_keys=False, allow_unicode=True)).encode()

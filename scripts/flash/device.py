@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from broker_config.errors import BusError
 from broker_config.settings import convert, read_toml, write_toml
-from coordinator.credentials import password_file_of
+from coordinator.credentials import known_password_file, password_file_of
 from edge_agent.release.place import CONFIGURATION, PASSWORD, Place
 from edge_agent.release.units import STATE
 from edge_agent.settings import AgentSettings
@@ -21,32 +21,46 @@ DEFAULT_SITE = "home"
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """One agent on one device. own: agent.toml and password, as they are put there."""
+    """One agent on one device. users: the broker's users file, None if the broker wants no users."""
 
     settings: AgentSettings
-    own: Mapping[str, bytes] = field(repr=False)
+    configuration: bytes
+    users: Path | None
+
+    def own(self) -> dict[str, bytes]:
+        """agent.toml and password, as they are put there. Its user at the broker is added now, unless it has one.
+
+        Raises BundleFailed.
+        """
+        files = {CONFIGURATION: self.configuration}
+        if self.users is not None:
+            try:
+                kept = password_file_of(self.users, self.settings.agent)
+                files[PASSWORD] = kept.read_bytes()
+            except (BusError, OSError) as error:
+                raise BundleFailed(f"no password for {self.settings.agent}: {error}") from None
+        return files
 
 
 def device(
     agent: str, *, host: str, port: int, site: str, users: Path | None, configuration: Path | None = None
 ) -> Device:
-    """The configuration of an agent: a file's, or the defaults, with what a device needs put in.
+    """The configuration of an agent: a file's, or the defaults, with what a device needs put in. Nothing is written.
 
-    host, port: the broker as the device reaches it. users: the broker's users file, where the agent gets a user unless
-    it has one; None: the broker wants none. Raises BundleFailed.
+    host, port: the broker as the device reaches it. users: the broker's users file; None: the broker wants no users.
+    Raises BundleFailed, also for a user whose password nobody here has.
     """
+    users = users.expanduser() if users else None
     try:
         given = read_toml(configuration) if configuration else {}
-        password = _password(users.expanduser(), agent) if users else None
         values = _merged(_defaults(), given)
         values = _merged(values, _forced(agent, host=host, port=port, site=site, secured=users is not None))
         settings = convert(values, AgentSettings, configuration or Path(CONFIGURATION))
+        if users is not None:
+            known_password_file(users, agent)
     except BusError as error:
         raise BundleFailed(str(error)) from None
-    own = {CONFIGURATION: write_toml(values).encode()}
-    if password is not None:
-        own[PASSWORD] = password
-    return Device(settings=settings, own=own)
+    return Device(settings=settings, configuration=write_toml(values).encode(), users=users)
 
 
 def agent_named(host: str) -> str:
@@ -58,15 +72,6 @@ def agent_named(host: str) -> str:
     if not found:
         raise BundleFailed(f"no agent's id can be made of {name!r}; give one: AGENT=kitchen")
     return found
-
-
-def _password(users: Path, agent: str) -> bytes:
-    """The one that it has, or a new one with a new user."""
-    kept = password_file_of(users, agent)
-    try:
-        return kept.read_bytes()
-    except OSError as error:
-        raise BundleFailed(f"can't read {kept}: {error.strerror or error}") from None
 
 
 def _defaults() -> dict[str, Any]:

@@ -7,7 +7,7 @@ import getpass
 import re
 import socket
 import time
-from collections.abc import Callable, Collection, Container
+from collections.abc import Callable, Collection, Container, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from broker_config.files import file_digest
 from broker_config.settings import BrokerSettings
 from edge_agent.release.install import SPARE_BYTES
 from edge_agent.release.manifest import MODEL_LAYER, Layer, Release
-from edge_agent.release.place import MANIFEST, PUBLIC_KEY, SIGNATURE
+from edge_agent.release.place import MANIFEST, PUBLIC_KEY, SIGNATURE, Place
 from edge_agent.release.units import AGENT
 from scripts.flash.bundle import Bundle
 from scripts.flash.device import Device
@@ -35,15 +35,23 @@ LOOK_S, AWAY_S = 15.0, 100.0
 CONNECT_S = 15.0
 CLOCK_OFF_S = 120.0
 """Certificates and logs mind more than this."""
+STAGING = ".cache/kvbus-flash"
+"""Below the home of the user who is let in."""
 BESIDE_MODEL_BYTES = 320_000_000
 """What the runtime, its buffers, a few caches and the system take beside the weights: a board of 512 MB is too small
 for SmolLM2-135M, one of 1 GB is not."""
 
-_LOOK = (
-    "uname -m; for version in " + " ".join(sorted(PYTHONS, reverse=True)) + '; do p=$(command -v "python$version") '
-    '&& echo "python $version $p"; done; python3 -c \'import sys; print("python", "%d.%d" % sys.version_info[:2], '
-    "sys.executable)' 2>/dev/null; echo end"
+_LOOK = quoted(
+    "sh",
+    "-c",
+    f"""uname -m; now=$(sed -n '1s/^#!\\([^ ]*\\).*/\\1/p' {Place().root}/current/edge-agent 2>/dev/null)
+echo "now $now"; for p in $now /usr/bin/python3.?? /usr/bin/python3 /usr/local/bin/python3.?? /opt/*/bin/python3.??; do
+  [ -x "$p" ] && echo "python $(stat -Lc %u "$p") $p $("$p" -I -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
+done; echo end""",
 )
+"""The release in use runs on the first; others are root's own, since whose home a Python is in could change what root
+runs, and a service reads no homes.
+"""
 
 Say = Callable[[str, float | None], None]
 """Hears what is being done, and which share of it is (None: not known)."""
@@ -91,6 +99,7 @@ class Flasher:
         self._say("looking at the device", None)
         machine, pythons = self._look()
         python = self._python(machine, pythons)
+        self._host.run("true", root=True)
         device = self._orders.device(self._host.local_address)
         bundle = self._orders.bundle(python, machine)
         staging = self._staging()
@@ -99,10 +108,10 @@ class Flasher:
         self._put(bundle.installer, installer)
         self._installer = quoted(pythons[python], "-I", installer)
         if not self._orders.dry_run:
-            self._host.hold(f"{self._installer} hold --who {quoted(f'{getpass.getuser()}@{socket.gethostname()}')}")
+            self._host.hold(f"{self._installer} hold --who {quoted(ourselves())}")
         broker = device.settings.broker
         wanted = "" if broker.host == MDNS else f"--broker {quoted(broker.address)}"  # the agent looks for it by itself
-        facts = self._host.ask(f"{self._installer} facts {wanted}", root=True)
+        facts = self._host.ask(f"{self._installer} facts --staging {quoted(staging)} {wanted}", root=True)
         missing = {name: each for name, each in bundle.release.layers.items() if each.sha256 not in facts["layers"]}
         self._check(facts, bundle.release, missing.values(), broker.address)
         if self._orders.dry_run:
@@ -117,22 +126,19 @@ class Flasher:
                 plan=_plan(facts, bundle.release, missing, device),
             )
         if facts["trial"] is not None:  # whoever began it is not at work any more, or we could not hold the device
-            self._host.run(f"{self._installer} undo --why 'another flash took its place'", root=True)
+            self._host.insist(f"{self._installer} undo --why 'another flash took its place'")
         for name, layer in missing.items():
             self._put(bundle.archive(layer), f"{staging}/{layer.file_name}", title=f"sending the {name}")
-        for name, content in (
-            (MANIFEST, bundle.release.to_bytes()),
-            (SIGNATURE, bundle.signature),
-            (PUBLIC_KEY, bundle.public_key),
-            *device.own.items(),
-        ):
-            self._host.write(content, f"{staging}/{name}")
+        own = device.own()
         try:
-            release, in_use = self._install(staging)
-        except HostUnreachable as error:
-            raise _saying(error, f"{error} while it was installed; what ran there runs on") from None
-        proof = asyncio.run(self._try(device, release, in_use=in_use))
-        self._host.run(f"rm -rf {quoted(staging)}")
+            release, in_use = self._installed(bundle, own, staging)
+            proof = asyncio.run(self._try(device, release, in_use=in_use))
+        except BaseException:
+            with suppress(FlashError):  # the layers stay, which the next attempt need not send
+                self._host.run(f"rm -f {quoted(*(f'{staging}/{name}' for name in own))}")
+            raise
+        with suppress(FlashError):
+            self._host.run(f"rm -rf {quoted(staging)}")
         return Flashed(
             agent=device.settings.agent,
             release=release,
@@ -143,9 +149,15 @@ class Flasher:
         )
 
     def _look(self) -> tuple[str, dict[str, str]]:
-        lines = self._host.run(_LOOK).split("\n")
-        found = [line.split() for line in lines if line.startswith("python ")]
-        return lines[0].strip(), {version: path for _, version, path in reversed(found)}
+        """Its architecture, and where its Pythons are, by version; one that a release runs on comes first."""
+        machine, now, *lines = self._host.run(_LOOK).split("\n")
+        found: dict[str, str] = {}
+        for word, owner, path, version in (line.split() for line in lines if line.count(" ") == 3):
+            if word == "python" and owner == "0" and not path.startswith(("/home/", "/root/")):
+                found.setdefault(version, path)
+        in_use = now.removeprefix("now ").strip()
+        order = sorted(found, key=lambda version: (found[version] != in_use, -int(version.rpartition(".")[2])))
+        return machine.strip(), {version: found[version] for version in order}
 
     def _python(self, machine: str, pythons: dict[str, str]) -> str:
         if machine not in {"aarch64", "x86_64"}:
@@ -153,28 +165,37 @@ class Flasher:
                 f"{self._host.name} is {machine or 'something unknown'}; kvbus needs a 64-bit system (aarch64): "
                 "choose the 64-bit image of the OS"
             )
-        usable = [version for version in sorted(PYTHONS, reverse=True) if version in pythons]
+        usable = [version for version in pythons if version in PYTHONS]
         if not usable:
             has = ", ".join(sorted(pythons)) or "no Python"
-            raise HostUnfit(f"{self._host.name} has {has}; kvbus needs Python {PYTHONS[0]} to {PYTHONS[-1]} there")
+            raise HostUnfit(
+                f"{self._host.name} has {has}; kvbus needs Python {PYTHONS[0]} to {PYTHONS[-1]} there, "
+                "installed by root for everybody"
+            )
         return usable[0]
 
     def _staging(self) -> str:
         """In the user's own home, where nobody else can put what root would run."""
-        return self._host.run('printf %s "$HOME"').strip() + "/.cache/kvbus-flash"
+        return self._host.run('printf %s "$HOME"').strip() + f"/{STAGING}"
 
     def _check(self, facts: dict[str, Any], release: Release, missing: Collection[Layer], broker: str) -> None:
         name = self._host.name
         unpacked = sum(each.unpacked_bytes for each in missing) + SPARE_BYTES
         sent = sum(each.size_bytes for each in missing)
+        apart = facts["staging_free_bytes"]
+        here = unpacked if apart is not None else unpacked + sent
         needed = release.layers[MODEL_LAYER].unpacked_bytes + BESIDE_MODEL_BYTES
         off_s = facts["time_s"] - time.time()
         reasons = [
             (not facts["root"], "sudo does not make us root there"),
             (not facts["systemd"], "it does not run systemd"),
             (
-                facts["free_bytes"] < unpacked + sent,
-                f"{facts['free_bytes'] / 1e6:.0f} MB of disk are free, {(unpacked + sent) / 1e6:.0f} MB are needed",
+                facts["free_bytes"] < here,
+                f"{facts['free_bytes'] / 1e6:.0f} MB of disk are free, {here / 1e6:.0f} MB are needed",
+            ),
+            (
+                apart is not None and apart < sent,
+                f"{(apart or 0) / 1e6:.0f} MB are free where homes are, {sent / 1e6:.0f} MB are to be sent there",
             ),
             (
                 facts["memory_bytes"] < needed,
@@ -201,6 +222,20 @@ class Flasher:
             lambda there: self._say(title, there / size),
             again=lambda why: self._say(f"{title}: {why}; again", None),
         )
+
+    def _installed(self, bundle: Bundle, own: Mapping[str, bytes], staging: str) -> tuple[str, bool]:
+        """The name of the release, and whether it is in use already."""
+        for name, content in (
+            (MANIFEST, bundle.release.to_bytes()),
+            (SIGNATURE, bundle.signature),
+            (PUBLIC_KEY, bundle.public_key),
+            *own.items(),
+        ):
+            self._host.write(content, f"{staging}/{name}")
+        try:
+            return self._install(staging)
+        except HostUnreachable as error:
+            raise _saying(error, f"{error} while it was installed; what ran there runs on") from None
 
     def _install(self, staging: str) -> tuple[str, bool]:
         found: dict[str, Any] = {}
@@ -230,27 +265,22 @@ class Flasher:
             await witness.listen(after_restart=not in_use)
             if in_use:
                 await asyncio.to_thread(self._host.run, f"systemctl start --no-block {AGENT}", root=True)
-            else:
-                self._say("starting it", None)
-                await asyncio.to_thread(
-                    self._host.run,
-                    f"{self._installer} activate {release} --within {self._orders.trial_s:.0f}",
-                    root=True,
-                )
+                return await self._proven(witness, release, in_use=True)
             try:
-                proof = await self._proven(witness, release, in_use=in_use)
-                if not in_use:
-                    await asyncio.to_thread(self._host.run, f"{self._installer} confirm {release}", root=True)
+                self._say("starting it", None)
+                activate = f"{self._installer} activate {release} --within {self._orders.trial_s:.0f}"
+                await asyncio.to_thread(self._host.run, activate, root=True)
+                proof = await self._proven(witness, release, in_use=False)
+                await asyncio.to_thread(self._host.insist, f"{self._installer} confirm {release}")
             except FlashError as error:
-                if in_use:
-                    raise
-                raise await asyncio.to_thread(self._undone, error) from None
+                raise await asyncio.to_thread(self._undone, error, release) from None
         return proof
 
     async def _proven(self, witness: Witness, release: str, *, in_use: bool) -> Proof:
         """Beside it, look whether the device has given it up by itself (it was restarted, say)."""
         proving = asyncio.create_task(witness.prove(self._orders.proof_s, lambda text: self._say(text, None)))
         seen_s = time.monotonic()
+        restarts_before: int | None = None if in_use else 0  # it may have had its reasons before we came
         try:
             while True:
                 done, _ = await asyncio.wait({proving}, timeout=LOOK_S)
@@ -267,7 +297,10 @@ class Flasher:
                 seen_s = time.monotonic()
                 if not in_use and state["trial"] is None and state["current"] != release:
                     raise HostFailed(f"{self._host.name}: {state['failure'] or 'the device gave the release up'}")
-                self._complain(state)
+                restarts = int(state["service"].get("NRestarts") or 0)
+                restarts_before = restarts if restarts_before is None else restarts_before
+                if restarts - restarts_before >= RESTARTS:
+                    raise HostFailed(f"{self._host.name}: the agent ends as soon as it starts: {self._last_words()}")
         finally:
             proving.cancel()
             with suppress(asyncio.CancelledError, FlashError):
@@ -280,11 +313,6 @@ class Flasher:
             self._host.reconnect()
             return self._host.ask(f"{self._installer} status", root=True, timeout_s=60)
 
-    def _complain(self, state: dict[str, Any]) -> None:
-        """Raise HostFailed for an agent that ends again and again."""
-        if int(state["service"].get("NRestarts") or 0) >= RESTARTS:
-            raise HostFailed(f"{self._host.name}: the agent ends as soon as it starts: {self._last_words()}")
-
     def _last_words(self) -> str:
         """What the agent logged last."""
         try:
@@ -294,17 +322,24 @@ class Flasher:
         found = re.search(r'"message": "([^"]*)"', said)
         return found[1] if found else said.removeprefix("edge-agent: ") or "nothing in its log"
 
-    def _undone(self, error: FlashError) -> FlashError:
+    def _undone(self, error: FlashError, release: str) -> FlashError:
         """Go back; the error, with what came of that."""
         try:
             state = self._state()
-            if state["trial"] is not None:
-                self._host.run(f"{self._installer} undo --why {quoted(str(error)[:500])}", root=True)
+            if state["trial"] == release:
+                self._host.insist(f"{self._installer} undo --why {quoted(str(error)[:500])}")
                 state = self._state()
         except FlashError as other:
             return _saying(error, f"{error}; it goes back by itself within half an hour ({other})")
         now = state["current"]
+        if now == release and state["trial"] is None:
+            return _saying(error, f"{error}; {release} has answered and stays")  # the device heard us, we didn't
         return _saying(error, f"{error}; {f'{now} is back' if now else 'nothing is installed there'}")
+
+
+def ourselves() -> str:
+    """For whoever finds the device busy."""
+    return f"{getpass.getuser()}@{socket.gethostname()}"
 
 
 RESTARTS = 3

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from scripts.flash.errors import FlashError
+from broker_config.errors import BusError
+from scripts.flash.errors import FlashError, HostFailed
 
 T = TypeVar("T")
 
@@ -62,3 +63,5 @@ def _one(host: str, work: Callable[[str], T]) -> Ended[T]:
         return Ended(host=host, result=work(host))
     except FlashError as error:
         return Ended(host=host, error=error)
+    except (BusError, OSError) as error:  # of this machine: a file, a disk
+        return Ended(host=host, error=HostFailed(f"{host}: {error}"))

@@ -18,9 +18,11 @@ from types import TracebackType
 from typing import Any, Self
 
 import paramiko
+import psutil
 from fabric import Connection
-from invoke.exceptions import CommandTimedOut
+from invoke.exceptions import CommandTimedOut, ThreadException
 
+from broker_config.files import alone
 from scripts.flash.errors import HostDistrusted, HostFailed, HostUnreachable
 
 KNOWN_HOSTS = Path("~/.ssh/known_hosts")
@@ -32,6 +34,12 @@ PATIENCE_S = 75.0
 ATTEMPTS, PAUSE_S = 5, 3.0
 """To take up a transfer again."""
 BLOCK_BYTES = 1 << 18
+SILENT_MS = 30_000
+"""Without a word from the other side though something was sent: the link has gone without anybody saying so."""
+SFTP_S = 60.0
+"""Longest between two answers about files."""
+ON_THE_WAY_BYTES = 1 << 18
+"""Of what is sent, so that signs of life aren't stuck behind minutes of it on a slow link."""
 
 logging.getLogger("paramiko").setLevel(logging.CRITICAL)  # it logs tracebacks of what we say in a line
 
@@ -53,6 +61,7 @@ class Host:
         self._held: paramiko.Channel | None = None
         self._holding = ""
         self._connection = self._connect()
+        self._sftp: paramiko.SFTPClient | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -69,14 +78,14 @@ class Host:
     @property
     def local_address(self) -> str:
         """Ours, as the device sees it; loopback's if that can't be told (through another host, say)."""
-        transport = self._connection.transport
-        sock = transport.sock if transport is not None else None
-        return str(sock.getsockname()[0]) if isinstance(sock, socket.socket) else "127.0.0.1"
+        sock = _socket(self._connection)
+        return _of_ipv4(str(sock.getsockname()[0])) if sock is not None else "127.0.0.1"
 
     def reconnect(self) -> None:
         """After a link went away. What we hold there is held again, once the device has noticed that we were away."""
         self.close()
         self._connection = self._connect()
+        self._sftp = None
         deadline_s = time.monotonic() + PATIENCE_S
         while self._holding:
             try:
@@ -107,7 +116,7 @@ class Host:
             )
         except CommandTimedOut:
             raise HostFailed(f"{self.name}: no answer within {timeout_s:.0f} s to `{command[:60]}`") from None
-        except (OSError, EOFError, paramiko.SSHException) as error:
+        except (OSError, EOFError, paramiko.SSHException, ThreadException) as error:
             raise HostUnreachable(f"{self.name}: the link went away: {_said(error)}") from None
         if done.exited == -1:
             raise HostUnreachable(f"{self.name}: the link went away")
@@ -117,6 +126,18 @@ class Host:
             raise HostFailed(f"{self.name}: {_sudo_words(reason.removeprefix('kvbus: '))}")
         text: str = done.stdout
         return text
+
+    def insist(self, command: str, *, timeout_s: float = COMMAND_S) -> str:
+        """The same of root's, given again if its answer was lost with the link: for what may be done twice."""
+        for attempt in range(ATTEMPTS):
+            try:
+                if attempt:
+                    time.sleep(PAUSE_S * attempt)
+                    self.reconnect()
+                return self.run(command, root=True, timeout_s=timeout_s)
+            except HostUnreachable as error:
+                last = error
+        raise last
 
     def ask(self, command: str, *, root: bool = False, timeout_s: float = COMMAND_S) -> dict[str, Any]:
         """The JSON object that a command prints last. Raises as `run` does."""
@@ -165,8 +186,10 @@ class Host:
             try:
                 self._send(source, target, counted)
             except (OSError, EOFError, paramiko.SSHException, HostUnreachable) as error:
-                if isinstance(error, OSError) and "No space" in str(error):
-                    raise HostFailed(f"{self.name}: no space left for {source.name}") from None
+                if isinstance(error, OSError) and not isinstance(error, TimeoutError) and self._is_there():
+                    raise HostFailed(  # SFTP has no better word than "Failure" for a disk that is full
+                        f"{self.name}: can't write {target} ({_said(error)}); is there room?"
+                    ) from None
                 if attempt + 1 == ATTEMPTS:
                     raise HostUnreachable(f"{self.name}: the link went away {ATTEMPTS} times: {_said(error)}") from None
                 again(_said(error))
@@ -180,7 +203,7 @@ class Host:
         return sent
 
     def _send(self, source: Path, target: str, said: Callable[[int, int], None]) -> None:
-        sftp = self._connection.sftp()
+        sftp = self._files()
         size = source.stat().st_size
         if _size(sftp, target) == size:
             said(size, 0)
@@ -199,19 +222,31 @@ class Host:
                 said(there, len(block))
         if _size(sftp, unfinished) != size:
             sftp.remove(unfinished)
-            raise OSError("not all of it arrived")
+            raise EOFError("not all of it arrived")
         sftp.posix_rename(unfinished, target)
 
     def write(self, content: bytes, target: str) -> None:
         """Put a small file there, for its owner alone."""
         try:
-            sftp = self._connection.sftp()
+            sftp = self._files()
             with sftp.open(f"{target}.part", "wb") as remote:
                 sftp.chmod(f"{target}.part", 0o600)
                 remote.write(content)
             sftp.posix_rename(f"{target}.part", target)
         except (OSError, EOFError, paramiko.SSHException) as error:
             raise HostFailed(f"{self.name}: can't write {target}: {_said(error)}") from None
+
+    def _files(self) -> paramiko.SFTPClient:
+        if self._sftp is None:
+            self._sftp = self._connection.sftp()
+            channel = self._sftp.get_channel()
+            assert channel is not None  # noqa: S101
+            channel.settimeout(SFTP_S)
+        return self._sftp
+
+    def _is_there(self) -> bool:
+        transport = self._connection.transport
+        return transport is not None and transport.is_active()
 
     def _as_root(self, command: str) -> str:
         if self._sudo is None:
@@ -225,15 +260,17 @@ class Host:
             connection = Connection(self.name, connect_timeout=int(CONNECT_S), connect_kwargs=options)
             client = connection.client
             client.load_system_host_keys()
-            self._known.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._known.touch(mode=0o600)
-            client.load_host_keys(str(self._known))  # where a host is noted that was never seen before
+            if self._known.exists():
+                client.load_host_keys(str(self._known))
+            client.set_missing_host_key_policy(_Noted(self._known))
             connection.open()
         except paramiko.BadHostKeyException as error:
             raise HostDistrusted(
                 f"{self.name} has another key ({_fingerprint(error.key)}) than {self._known} says; if the device was "
                 f"set up anew: ssh-keygen -R '{error.hostname}'"
             ) from None
+        except paramiko.hostkeys.InvalidHostKey as error:
+            raise HostDistrusted(f"{self.name}: {self._known} can't be read: {_said(error)}") from None
         except paramiko.PasswordRequiredException as error:
             raise HostDistrusted(f"{self.name}: the private key has a passphrase; ssh-add it first ({error})") from None
         except paramiko.AuthenticationException:
@@ -244,7 +281,49 @@ class Host:
             raise HostUnreachable(f"{self.name} can't be reached: {_said(error)}") from None
         assert connection.transport is not None  # noqa: S101
         connection.transport.set_keepalive(ALIVE_S)
+        for each in (connection, connection.gateway):
+            sock = _socket(each)
+            if sock is not None:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, ON_THE_WAY_BYTES)
+                if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_MS)
         return connection
+
+
+class _Noted(paramiko.MissingHostKeyPolicy):  # type: ignore[misc]  # (paramiko says nothing of its types)
+    """Notes a host that was never met before by one line more in known_hosts, as ssh does; all others stay."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def missing_host_key(self, client: paramiko.SSHClient, hostname: str, key: paramiko.PKey) -> None:
+        """hostname: [host]:port unless that is 22."""
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        line = f"{hostname} {key.get_name()} {key.get_base64()}\n"
+        with alone(self._path.parent):
+            before = self._path.read_text(encoding="utf-8", errors="replace") if self._path.exists() else ""
+            if line in before:
+                return  # another of us was faster
+            self._path.touch(mode=0o600)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line if not before or before.endswith("\n") else f"\n{line}")
+        client.get_host_keys().add(hostname, key.get_name(), key)
+
+
+def _socket(connection: object) -> socket.socket | None:
+    """Ours to a host, None if another host is between."""
+    transport = connection.transport if isinstance(connection, Connection) else None
+    sock = transport.sock if transport is not None else None
+    return sock if isinstance(sock, socket.socket) else None
+
+
+def _of_ipv4(address: str) -> str:
+    """The address of the same interface that brokers listen on, as `kitchen.local` may well be met over IPv6."""
+    bare = address.partition("%")[0].removeprefix("::ffff:")
+    for each in psutil.net_if_addrs().values():
+        if any(known.address.partition("%")[0] == bare for known in each):
+            return next((known.address for known in each if known.family == socket.AF_INET), bare)
+    return bare
 
 
 def _keep_alive(channel: paramiko.Channel) -> None:
@@ -263,8 +342,9 @@ class _Lines:
     def write(self, text: str) -> int:
         *whole, self._rest = (self._rest + text).split("\n")
         for each in whole:
-            if each.startswith("{"):
-                self._line(json.loads(each))
+            with suppress(ValueError):  # half a line, or a login's greeting
+                if isinstance(told := json.loads(each), dict):
+                    self._line(told)
         return len(text)
 
     def flush(self) -> None:
@@ -289,10 +369,14 @@ def _fingerprint(key: paramiko.PKey) -> str:
 
 def _sudo_words(reason: str) -> str:
     if "a password is required" in reason or "a terminal is required" in reason:
-        return "sudo asks for a password there; --ask-sudo has you type it"
+        return "sudo asks for a password there; ARGS=--ask-sudo has you type it"
+    if "incorrect password" in reason or "no password was provided" in reason:
+        return "sudo does not take that password"
     return reason
 
 
 def _said(error: Exception) -> str:
+    if isinstance(error, ThreadException):
+        error = next((each.value for each in error.exceptions if isinstance(each.value, Exception)), error)
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(str(text).split())

@@ -10,10 +10,25 @@ from typing import Any
 from edge_agent.release.place import Place
 from edge_agent.release.units import AGENT
 from scripts.flash.errors import HostFailed
-from scripts.flash.host import Host
+from scripts.flash.flasher import STAGING, ourselves
+from scripts.flash.host import Host, quoted
+from scripts.flash.wheels import PYTHONS
 
 STEADY_S = 60.0
 """How long an agent may take to be active again after going back."""
+
+_INSTALLER = (
+    quoted(
+        "sh",
+        "-c",
+        f"""now=$(sed -n '1s/^#!\\([^ ]*\\).*/\\1/p' {Place().root}/current/edge-agent 2>/dev/null)
+for p in $now {" ".join(f"/usr/bin/python{each} /usr/local/bin/python{each}" for each in reversed(PYTHONS))}; do
+  [ -x "$p" ] && exec "$p" -I {Place().root}/installer.pyz "$@"
+done; echo "the Python of its agent is gone" >&2; exit 1""",
+    )
+    + " installer"
+)
+"""By the Python of the release in use, or by another, where a first flash has left no release."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +44,14 @@ class Keeper:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        root = Place().root
-        self._installer = f"sh -c 'exec $(sed -n 1s/^#!//p {root}/current/edge-agent) {root}/installer.pyz \"$@\"' -"
+        self._installer = _INSTALLER
 
     def status(self) -> Kept:
         """Raises HostFailed where nothing is installed."""
         facts = self._facts()
         service = facts["service"]
         state = service.get("StatusText") or service.get("ActiveState") or "unknown"
-        lines = [f"{facts['current']}: {state}"]
+        lines = [f"{facts['current']}: {state}" if facts["current"] else "no release is in use"]
         if int(service.get("NRestarts") or 0):
             lines.append(f"restarted {service['NRestarts']} times")
         if facts["trial"]:
@@ -56,28 +70,31 @@ class Keeper:
     def back(self) -> Kept:
         """To the release before; kept when its service is up."""
         self._facts()
+        self._alone()
         name = str(self._host.ask(f"{self._installer} back", root=True)["release"])
         until_s = time.monotonic() + 10 * STEADY_S
         while time.monotonic() < until_s:
             facts = self._facts()
             if facts["service"].get("ActiveState") == "active":
-                self._host.run(f"{self._installer} confirm {name}", root=True)
+                self._host.insist(f"{self._installer} confirm {name}")
                 return Kept(text=f"{name} runs again", facts=facts)
             time.sleep(2)
-        self._host.run(f"{self._installer} undo --why 'it did not start'", root=True)
+        self._host.insist(f"{self._installer} undo --why 'it did not start'")
         raise HostFailed(f"{self._host.name}: {name} does not start any more; the newer one is back")
 
     def remove(self, *, state: bool) -> Kept:
         """Everything of kvbus; texts and caches too, if `state`."""
         self._facts()
+        self._alone()
         self._host.run(f"{self._installer} remove {'--state' if state else ''}", root=True)
+        self._host.run(f'rm -rf "$HOME/{STAGING}"')  # a flash that failed leaves what it had sent
         return Kept(text="kvbus is off it" + ("" if state else "; its texts and caches are still in /var/lib/kvbus"))
 
+    def _alone(self) -> None:
+        """While we change what is installed nobody else does. Raises HostFailed."""
+        self._host.hold(f"{self._installer} hold --who {quoted(ourselves())}")
+
     def _facts(self) -> dict[str, Any]:
-        try:
-            return self._host.ask(f"{self._installer} status", root=True)
-        except HostFailed as error:
-            installed = self._host.run(f"test -e {Place().root}/current && echo yes || true").strip()
-            if not installed:
-                raise HostFailed(f"{self._host.name}: nothing of kvbus is installed there") from None
-            raise error from None
+        if not self._host.run(f"test -e {Place().root}/installer.pyz && echo yes || true").strip():
+            raise HostFailed(f"{self._host.name}: nothing of kvbus is installed there")
+        return self._host.ask(f"{self._installer} status", root=True)

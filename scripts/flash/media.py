@@ -16,6 +16,7 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
+from broker_config.files import sync
 from scripts.flash.errors import CardRefused
 
 SECTOR_BYTES = 512
@@ -47,9 +48,12 @@ class Folder:
     path: Path
 
     def read(self, name: str) -> bytes | None:
-        """See Medium."""
+        """See Medium; of the card, as far as the system can be told not to answer from memory."""
         try:
-            return (self.path / name).read_bytes()
+            with (self.path / name).open("rb") as file:
+                if hasattr(os, "posix_fadvise"):  # not on macOS
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                return file.read()
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -67,6 +71,8 @@ class Folder:
                     shutil.copyfile(content, target)
                 if name in modes:
                     target.chmod(modes[name])  # FAT knows none, and says nothing
+                sync(target)
+                sync(target.parent)
         except OSError as error:
             raise CardRefused(f"can't write to {self.path}: {error.strerror or error}") from None
 

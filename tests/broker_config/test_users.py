@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import stat
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -94,5 +97,19 @@ def test_a_damaged_file_lets_nobody_in(tmp_path_factory: pytest.TempPathFactory,
 
 def test_a_file_that_can_not_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(ConfigurationError, match="can't read the users"):
+    with pytest.raises(ConfigurationError, match=r"can't write the users to .*File exists"):
         add_user(tmp_path / "file" / "users", "pi-1", "s3cret")
+
+
+def test_those_who_add_users_at_once_lose_none(tmp_path: Path) -> None:
+    path = tmp_path / "users"
+    code = (
+        "import sys, pathlib; from broker_config import users; users.add_user(pathlib.Path(sys.argv[1]), *sys.argv[2:])"
+    )
+    running = [
+        subprocess.Popen([sys.executable, "-c", code, str(path), f"pi-{number}", "s3cret"]) for number in range(6)
+    ]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: add_user(path, f"thread-{number}", "s3cret"), range(16)))
+    assert [each.wait() for each in running] == [0] * 6
+    assert set(users(path)) == {f"pi-{number}" for number in range(6)} | {f"thread-{number}" for number in range(16)}

@@ -87,10 +87,10 @@ def test_the_printed_configuration_is_read_back_once_its_required_fields_are_fil
     tiny_bundle: Path, tmp_path: Path
 ) -> None:
     text = edge_agent("config").stdout
-    required = re.findall(r"^# (\w+) = +\(required\)$", text, flags=re.MULTILINE)
+    required = re.findall(r"^#(\w+) = +\(required\)$", text, flags=re.MULTILINE)
     assert required == ["agent", "bundle"]
     for field, value in zip(required, ("pi-1", str(tiny_bundle)), strict=True):
-        text = re.sub(rf"^# {field} = .*$", f"{field} = {json.dumps(value)}", text, flags=re.MULTILINE)
+        text = re.sub(rf"^#{field} = .*$", f"{field} = {json.dumps(value)}", text, flags=re.MULTILINE)
     path = tmp_path / "agent.toml"
     path.write_text(text)
     assert load_toml(path, AgentSettings) == AgentSettings(agent="pi-1", bundle=str(tiny_bundle))
@@ -98,7 +98,7 @@ def test_the_printed_configuration_is_read_back_once_its_required_fields_are_fil
 
 def test_every_field_of_the_printed_configuration_has_a_title() -> None:
     lines = edge_agent("config").stdout.splitlines()
-    fields = [number for number, line in enumerate(lines) if re.match(r"(# )?\w+ =", line)]
+    fields = [number for number, line in enumerate(lines) if re.match(r"#\w+ =", line)]
     assert len(fields) > 15
     for number in fields:
         assert re.match(r"# \S.{3,}", lines[number - 1]), lines[number]

@@ -132,7 +132,12 @@ def test_a_bundle_is_the_same_wherever_it_is_made_and_made_once(
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "one" / "layers").iterdir()} == before
     assert len(few_wheels) == asked  # no internet is needed any more
     one.archive(one.release.layers["agent"]).unlink()
+    damaged = one.archive(one.release.layers["model"])
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1] + b"x")
     assert built(tmp_path / "one", tmp_path, tiny_bundle).release == one.release
+    assert damaged.read_bytes() == content
+    assert not list((tmp_path / "one" / "layers").glob(".*"))
 
 
 def test_releases_for_other_pythons_share_what_is_the_same(

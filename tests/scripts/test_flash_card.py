@@ -67,11 +67,11 @@ def test_what_the_owner_has_set_stays_and_one_command_comes(card: Path, bundle: 
     text = (card / USER_DATA).read_text()
     assert text.startswith("#cloud-config\n")
     expected = yaml.safe_load(IMAGER)
-    expected["runcmd"].append("sh /boot/firmware/kvbus/first-start.sh")
+    expected["bootcmd"] = ["test ! -e /boot/firmware/kvbus/begin.sh || sh /boot/firmware/kvbus/begin.sh"]
     assert yaml.safe_load(text) == expected
     assert (card / KEPT).read_text() == IMAGER
     assert (card / "meta-data").read_text() == "instance-id: rpi\n"
-    assert (card / "kvbus" / "agent.toml").read_bytes() == own.own["agent.toml"]
+    assert (card / "kvbus" / "agent.toml").read_bytes() == own.own()["agent.toml"]
     assert {path.suffix for path in (card / "kvbus").iterdir()} >= {".layer", ".pyz", ".sh", ".toml"}
     assert "Raspberry Pi OS" in made.system
     customise(card, bundle, own)
@@ -82,10 +82,10 @@ def test_what_the_owner_has_set_stays_and_one_command_comes(card: Path, bundle: 
 def test_a_card_without_settings_of_its_owners_gets_them(card: Path, bundle: Bundle, own: Device) -> None:
     (card / USER_DATA).write_text("#cloud-config\n# nothing yet\n")
     customise(card, bundle, own)
-    assert yaml.safe_load((card / USER_DATA).read_text())["runcmd"]
+    assert yaml.safe_load((card / USER_DATA).read_text())["bootcmd"]
     (card / USER_DATA).unlink()
     customise(card, bundle, own)
-    assert yaml.safe_load((card / USER_DATA).read_text())["runcmd"]
+    assert yaml.safe_load((card / USER_DATA).read_text())["bootcmd"]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_card_without_settings_of_its_owners_gets_them(card: Path, bundle: Bun
     [
         ("#!/bin/sh\necho hello\n", "no cloud-config"),
         ("#cloud-config\n[1, 2]\n", "no cloud-config"),
-        ("#cloud-config\nruncmd: reboot\n", "runcmd is no list"),
+        ("#cloud-config\nbootcmd: reboot\n", "bootcmd is no list"),
         ("#cloud-config\n{\n", "can't be read"),
     ],
 )
@@ -121,7 +121,7 @@ def test_what_is_no_card_is_refused(tmp_path: Path, card: Path, bundle: Bundle, 
         customise(tmp_path / "notes.img", bundle, own)
 
 
-def test_a_damaged_bundle_and_a_card_that_forgets_are_noticed(
+def test_a_card_that_forgets_is_noticed(
     card: Path, bundle: Bundle, own: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forgetful(self: Folder, name: str) -> bytes | None:
@@ -132,10 +132,6 @@ def test_a_damaged_bundle_and_a_card_that_forgets_are_noticed(
         patch.setattr(Folder, "read", forgetful)
         with pytest.raises(CardRefused, match="reads otherwise"):
             customise(card, bundle, own)
-    (layer,) = (bundle.folder / "layers").iterdir()
-    layer.write_bytes(b"other")
-    with pytest.raises(CardRefused, match="is damaged"):
-        customise(card, bundle, own)
 
 
 # Images
@@ -176,9 +172,9 @@ def test_an_image_of_raspberry_pi_os_is_customised_in_its_boot_partition(
     assert isinstance(found, FatImage)
     customise(raspberry, bundle, own)
     where = f"{raspberry}@@{found.offset}"
-    assert "first-start.sh" in run("mtype", "-i", where, f"::/{USER_DATA}")
+    assert "begin.sh" in run("mtype", "-i", where, f"::/{USER_DATA}")
     run("mcopy", "-i", where, "-s", "::/kvbus", tmp_path / "out")
-    assert (tmp_path / "out" / "password").read_bytes() == own.own["password"]
+    assert (tmp_path / "out" / "password").read_bytes() == own.own()["password"]
     assert found.read(KEPT) == IMAGER.encode()
     assert found.read("none") is None
     customise(raspberry, bundle, own)
@@ -218,10 +214,10 @@ def test_a_root_file_system_gets_a_unit_that_runs_once(tmp_path: Path, bundle: B
     said = run("debugfs", "-R", f"stat /{ROOT_FOLDER}/password", where)
     assert "Mode:  0600" in said
     assert "User:     0" in said
-    assert found.read(f"{ROOT_FOLDER}/agent.toml") == own.own["agent.toml"]
+    assert found.read(f"{ROOT_FOLDER}/agent.toml") == own.own()["agent.toml"]
     found.check()
     customise(path, bundle, own)
-    read_back(found, {f"{ROOT_FOLDER}/password": own.own["password"]})
+    read_back(found, {f"{ROOT_FOLDER}/password": own.own()["password"]})
 
 
 def test_tools_that_are_missing_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,6 +244,7 @@ def test_the_first_start_installs_once_and_says_why_it_could_not(
     (tmp_path / "code").write_text("1")
     assert subprocess.run(["sh", str(script)], capture_output=True, check=False).returncode == 1
     assert (card / "kvbus" / "failed.txt").read_text() == "kvbus: no room\n"
+    assert script.exists()  # it tries again at the next start
     (tmp_path / "code").write_text("0")
     assert subprocess.run(["sh", str(script)], capture_output=True, check=False).returncode == 0
     assert "install --keep --package" in (tmp_path / "ran").read_text()

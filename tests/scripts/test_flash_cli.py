@@ -82,16 +82,25 @@ def test_the_broker_is_where_devices_see_it() -> None:
     for wrong in ("h:", "h:0", "h:99999", "h:x"):
         with pytest.raises(HostUnfit):
             broker_place(wrong, "x")
-    with pytest.raises(HostUnfit, match="--broker"):
-        broker_place("", "127.0.0.1")
+    for bare in ("2001:db8::5", "fe80::1:1883", "::1"):  # no port follows where nothing sets it apart
+        assert broker_place(bare, "x") == (bare, 1883)
+    for ours in ("127.0.0.1", "fe80::7"):
+        with pytest.raises(HostUnfit, match="BROKER="):
+            broker_place("", ours)
 
 
 def test_who_asks_for_a_proof_has_a_user_of_its_own(tmp_path: Path) -> None:
     there = BrokerSettings(host="10.0.0.2", port=7, username="kitchen", password_file="/opt/p")  # noqa: S106
-    here = here_of(tmp_path / "users", "")(there)
+    asking = here_of(tmp_path / "users", "")
+    assert not (tmp_path / "users").exists()  # not before somebody asks
+    here = asking(there)
     assert (here.host, here.port, here.username) == ("10.0.0.2", 7, "flash")
     assert here.password() == here_of(tmp_path / "users", "localhost:9")(there).password()
     assert here_of(None, "localhost:9")(there) == BrokerSettings(host="localhost", port=9)
+    assert here_of(None, "")(BrokerSettings(host="2001:db8::5")).host == "2001:db8::5"
+    (tmp_path / "flash.password").unlink()
+    with pytest.raises(HostUnfit, match="its password is not in"):
+        asking(there)
 
 
 def test_help_is_there_for_every_command() -> None:

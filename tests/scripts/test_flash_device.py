@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import threading
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker_config.settings import load_toml
-from broker_config.users import verify
+from broker_config.settings import describe, load_toml
+from broker_config.users import add_user, verify
 from edge_agent.settings import AgentSettings
 from scripts.flash.device import agent_named, device
 from scripts.flash.errors import BundleFailed, HostFailed, HostUnreachable
@@ -21,7 +22,9 @@ from scripts.flash.fleet import roll_out, stages
 def test_a_device_gets_a_user_of_its_own_and_a_configuration_that_is_valid(tmp_path: Path) -> None:
     users = tmp_path / "users"
     made = device("kitchen", host="10.0.0.2", port=1883, site="home", users=users)
-    values = tomllib.loads(made.own["agent.toml"].decode())
+    assert not list(tmp_path.iterdir())  # looking makes no user
+    own = made.own()
+    values = tomllib.loads(own["agent.toml"].decode())
     assert values["broker"] == {
         "host": "10.0.0.2",
         "port": 1883,
@@ -29,14 +32,41 @@ def test_a_device_gets_a_user_of_its_own_and_a_configuration_that_is_valid(tmp_p
         "password_file": "/opt/kvbus/current/password",
     }
     assert values["compute"]["threads"] == 0
-    assert verify(users, "kitchen", made.own["password"].decode().strip())
-    assert device("kitchen", host="10.0.0.2", port=1883, site="home", users=users).own == made.own
+    assert verify(users, "kitchen", own["password"].decode().strip())
+    assert device("kitchen", host="10.0.0.2", port=1883, site="home", users=users).own() == own
     other = device("hall", host="10.0.0.2", port=1883, site="home", users=users)
-    assert other.own["password"] != made.own["password"]
-    (tmp_path / "agent.toml").write_bytes(made.own["agent.toml"])
+    assert other.own()["password"] != own["password"]
+    (tmp_path / "agent.toml").write_bytes(own["agent.toml"])
     assert load_toml(tmp_path / "agent.toml", AgentSettings) == made.settings
-    assert "secret" not in repr(made)
-    assert made.own["password"].decode().strip() not in repr(made)
+    assert own["password"].decode().strip() not in repr(made)
+
+
+def test_whoever_has_a_password_that_is_not_here_is_not_shut_out(tmp_path: Path) -> None:
+    users = tmp_path / "users"
+    add_user(users, "kitchen", "theirs")
+    with pytest.raises(BundleFailed, match=r"its password is not in .*kitchen\.password") as caught:
+        device("kitchen", host="10.0.0.2", port=1883, site="home", users=users)
+    assert "\n" not in str(caught.value)
+    assert verify(users, "kitchen", "theirs")
+
+
+def test_devices_that_are_flashed_at_once_all_get_their_users(tmp_path: Path) -> None:
+    """And who asks for the same user gets the same password."""
+    users, names = tmp_path / "users", [f"pi-{number % 8}" for number in range(24)]
+    with ThreadPoolExecutor(len(names)) as pool:
+        made = list(
+            pool.map(lambda name: device(name, host="10.0.0.2", port=1883, site="home", users=users).own(), names)
+        )
+    for name, own in zip(names, made, strict=True):
+        assert verify(users, name, own["password"].decode().strip())
+
+
+def test_what_edge_agent_config_prints_leaves_a_devices_own_defaults(tmp_path: Path) -> None:
+    (tmp_path / "all.toml").write_text(describe(AgentSettings))
+    plain = device("kitchen", host="10.0.0.2", port=1883, site="home", users=None)
+    listed = device("kitchen", host="10.0.0.2", port=1883, site="home", users=None, configuration=tmp_path / "all.toml")
+    assert listed.settings == plain.settings
+    assert (plain.settings.compute.threads, plain.settings.contexts_folder) == (0, "/var/lib/kvbus/contexts")
 
 
 def test_a_file_of_ones_own_is_taken_but_for_what_makes_the_device(tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ class FakeHost:
     local_address = "10.0.0.2"
 
     def __init__(self) -> None:
-        self.machine, self.pythons = "aarch64", {"3.11": "/usr/bin/python3.11"}
+        self.machine, self.in_use = "aarch64", ""
+        self.pythons = [("0", "/usr/bin/python3.11", "3.11")]
         self.commands: list[str] = []
         self.sent: list[str] = []
         self.held = False
@@ -37,6 +38,7 @@ class FakeHost:
             "root": True,
             "systemd": True,
             "free_bytes": 10_000 * MEGA,
+            "staging_free_bytes": None,
             "memory_bytes": 1_000 * MEGA,
             "time_s": time.time(),
             "broker_error": "",
@@ -47,9 +49,9 @@ class FakeHost:
 
     def run(self, command: str, **_: object) -> str:
         self.commands.append(command)
-        if command.startswith("uname"):
-            found = "".join(f"python {version} {path}\n" for version, path in self.pythons.items())
-            return f"{self.machine}\n1000\n{found}end\n"
+        if "uname" in command:
+            found = "".join(f"python {owner} {path} {version}\n" for owner, path, version in self.pythons)
+            return f"{self.machine}\nnow {self.in_use}\n{found}end\n"
         return "/home/pi" if "HOME" in command else ""
 
     def ask(self, command: str, **_: object) -> dict[str, Any]:
@@ -106,6 +108,8 @@ def test_looking_says_what_would_be_done_and_does_nothing(host: FakeHost, flashe
         ({"root": False}, "sudo does not make us root"),
         ({"systemd": False}, "does not run systemd"),
         ({"free_bytes": 300 * MEGA}, "300 MB of disk are free, 433 MB are needed"),
+        ({"free_bytes": 200 * MEGA, "staging_free_bytes": 500 * MEGA}, "200 MB of disk are free, 252 MB are needed"),
+        ({"free_bytes": 300 * MEGA, "staging_free_bytes": 90 * MEGA}, "90 MB are free where homes are, 181 MB are to"),
         ({"memory_bytes": 463 * MEGA}, "463 MB of memory; this model needs 507 MB"),
         ({"time_s": time.time() - 86_400}, "behind; `timedatectl` there says why"),
         ({"time_s": time.time() + 86_400}, "ahead; `timedatectl` there says why"),
@@ -136,13 +140,28 @@ def test_a_device_that_would_not_do_is_refused(
 def test_another_architecture_and_an_old_python_are_refused_before_anything_is_sent(
     host: FakeHost, flasher: Flasher, machine: str, pythons: list[str], said: str
 ) -> None:
-    host.machine, host.pythons = machine, dict.fromkeys(pythons, "/usr/bin/python3")
+    host.machine, host.pythons = machine, [("0", "/usr/bin/python3", version) for version in pythons]
     with pytest.raises(HostUnfit, match=said):
         flasher.flash()
     assert host.sent == []
 
 
-def test_the_newest_python_that_is_known_is_taken(host: FakeHost, flasher: Flasher) -> None:
-    host.pythons = {"3.12": "/usr/bin/python3.12", "3.14": "/usr/bin/python3.14", "3.11": "/usr/bin/python3.11"}
+@pytest.mark.parametrize(
+    ("in_use", "taken"),
+    [("", "/usr/bin/python3.12"), ("/usr/bin/python3.11", "/usr/bin/python3.11"), ("/gone", "/usr/bin/python3.12")],
+)
+def test_the_python_of_the_release_in_use_is_taken_or_the_newest_that_is_known(
+    host: FakeHost, flasher: Flasher, in_use: str, taken: str
+) -> None:
+    """Only one that root has installed, and not in anybody's home."""
+    host.in_use = in_use
+    host.pythons = [
+        ("0", "/usr/bin/python3.11", "3.11"),
+        ("0", "/usr/bin/python3.12", "3.12"),
+        ("0", "/usr/bin/python3.9", "3.9"),
+        ("0", "/usr/bin/python3.14", "3.14"),
+        ("1000", "/opt/mine/bin/python3.13", "3.13"),
+        ("0", "/home/pi/bin/python3.13", "3.13"),
+    ]
     flasher.flash()
-    assert any(command.startswith("/usr/bin/python3.12 -I ") for command in host.commands)
+    assert any(command.startswith(f"{taken} -I ") for command in host.commands)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import io
@@ -23,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.release import cli, trial
+from edge_agent.release import place as places
 from edge_agent.release.errors import (
     DeviceBusy,
     LayerDamaged,
@@ -72,6 +74,9 @@ class Told:
     place: Place
     said: list[str] = field(default_factory=list)
     fails: bool = False
+
+    def watch_trial(self) -> None:
+        self.said.append(f"watch {self.place.current()}")
 
     def restart(self) -> None:
         self.said.append(f"restart {self.place.current()}")
@@ -240,7 +245,7 @@ def test_a_release_that_is_confirmed_stays_with_a_way_back(place: Place, tmp_pat
         trial.confirm(place, name)  # the answer to the first was lost
     one, two = names
     assert (place.current(), place.previous(), place.trial()) == (two, one, None)
-    assert told.said == [f"restart {one}", f"restart {two}"]
+    assert told.said == ["watch None", f"restart {one}", f"watch {one}", f"restart {two}"]
     assert trial.back(place, told, within_s=60) == one
     trial.confirm(place, one)
     assert (place.current(), place.previous()) == (one, two)
@@ -270,6 +275,32 @@ def test_a_release_that_fails_gives_way_to_the_one_before_or_to_none(place: Plac
     with pytest.raises(SystemFailed):
         trial.begin(place, two, told, within_s=60)
     assert (place.current(), place.trial()) == (one, None)
+
+
+def test_going_back_needs_no_room_on_the_disk(
+    place: Place, tmp_path: Path, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = both(place, tmp_path, told)
+    trial.begin(place, two, told, within_s=60)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(places, "write_whole", full)
+    assert trial.undo(place, told, "no answer") == one
+    assert (place.current(), place.trial(), place.failure()) == (one, None, None)
+    assert told.said[-1] == f"restart {one}"
+
+
+def test_going_back_is_not_over_before_the_service_has_heard_of_it(place: Place, tmp_path: Path, told: Told) -> None:
+    one, two = both(place, tmp_path, told)
+    trial.begin(place, two, told, within_s=0)
+    told.fails = True
+    with pytest.raises(SystemFailed):
+        trial.watch(place, told)
+    assert place.trial() is not None
+    trial.watch(place, told)  # systemd starts it again
+    assert (place.current(), place.trial(), told.said[-1]) == (one, None, f"restart {one}")
 
 
 def test_a_trial_outlives_neither_its_time_nor_a_restart(place: Place, tmp_path: Path, told: Told) -> None:
