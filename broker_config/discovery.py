@@ -6,8 +6,10 @@ every connection, so that a laptop with another address tomorrow is found again.
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -20,6 +22,7 @@ MDNS = "mdns"
 """In the place of a host."""
 SERVICE = "_kvbus._tcp.local."
 FIND_S = 4.0
+CONNECT_S = 2.0
 
 
 class Announcement:
@@ -31,7 +34,7 @@ class Announcement:
     def __init__(self, site: str, port: int, addresses: Sequence[str], *, interfaces: Sequence[str] = ()) -> None:
         self._interfaces = interfaces
         zeroconf = _library()
-        self._info: AsyncServiceInfo = zeroconf.AsyncServiceInfo(
+        self._info: AsyncServiceInfo = zeroconf.asyncio.AsyncServiceInfo(
             SERVICE,
             f"{site}.{SERVICE}",
             port=port,
@@ -42,7 +45,11 @@ class Announcement:
 
     async def __aenter__(self) -> Self:
         self._zeroconf = _open(self._interfaces)
-        await (await self._zeroconf.async_register_service(self._info, allow_name_change=False))
+        try:
+            await (await self._zeroconf.async_register_service(self._info, allow_name_change=False))
+        except _library().NonUniqueNameException:
+            await self._zeroconf.async_close()
+            raise ConfigurationError(f"another broker on this network says that it is {self._info.name}") from None
         return self
 
     async def __aexit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
@@ -56,14 +63,27 @@ async def find(site: str, *, timeout_s: float = FIND_S, interfaces: Sequence[str
     zeroconf = _library()
     searching = _open(interfaces)
     try:
-        info = zeroconf.AsyncServiceInfo(SERVICE, f"{site}.{SERVICE}")
+        info = zeroconf.asyncio.AsyncServiceInfo(SERVICE, f"{site}.{SERVICE}")
         found = await info.async_request(searching.zeroconf, timeout_s * 1000)
         addresses = info.parsed_addresses() if found else []
+    except (zeroconf.Error, RuntimeError, OSError) as error:
+        raise BrokerUnreachable(SERVICE, f"this network can't be asked: {error}") from None
     finally:
         await searching.async_close()
     if not addresses or info.port is None:
         raise BrokerUnreachable(f"{site}.{SERVICE}", "nobody on this network says to have it; give its address instead")
-    return addresses[0], info.port
+    return await _reached(addresses, info.port), info.port
+
+
+async def _reached(addresses: Sequence[str], port: int) -> str:
+    """The one that lets us connect, since a broker's machine may be on networks that we are not on; else the first."""
+    for address in addresses if len(addresses) > 1 else ():
+        with suppress(OSError, TimeoutError):
+            async with asyncio.timeout(CONNECT_S):
+                _, writer = await asyncio.open_connection(address, port)
+            writer.close()
+            return address
+    return addresses[0]
 
 
 def own_addresses() -> list[str]:
@@ -81,7 +101,7 @@ def own_addresses() -> list[str]:
 
 def _library() -> ModuleType:
     try:
-        from zeroconf import asyncio as zeroconf  # noqa: PLC0415  a device may be without it
+        import zeroconf.asyncio  # noqa: PLC0415  a device may be without it
     except ImportError:
         raise ConfigurationError(f'broker.host = "{MDNS}" needs the package zeroconf, which is not installed') from None
     return zeroconf

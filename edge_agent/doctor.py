@@ -92,7 +92,9 @@ def _model(bundle: Path) -> tuple[Manifest | None, Finding]:
         manifest = read_manifest(bundle)
         verify_digests(bundle, manifest)
     except AgentError as error:
-        return None, Finding(what="model", state="wrong", text=str(error), advice="flash the device again")
+        return None, Finding(
+            what="model", state="wrong", text=str(error), advice="unflash the device and flash it again"
+        )
     text = f"{manifest.name}, {manifest.weight_precision}, whole"
     return manifest, Finding(what="model", state="ok", text=text)
 

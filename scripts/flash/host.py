@@ -21,6 +21,7 @@ import paramiko
 import psutil
 from fabric import Connection
 from invoke.exceptions import CommandTimedOut, ThreadException
+from paramiko.hostkeys import HostKeyEntry, InvalidHostKey
 
 from broker_config.files import alone
 from scripts.flash.errors import HostDistrusted, HostFailed, HostUnreachable
@@ -222,7 +223,7 @@ class Host:
                 said(there, len(block))
         if _size(sftp, unfinished) != size:
             sftp.remove(unfinished)
-            raise EOFError("not all of it arrived")
+            raise OSError("not all of it arrived")  # a write failed, which is not told of those that are on their way
         sftp.posix_rename(unfinished, target)
 
     def write(self, content: bytes, target: str) -> None:
@@ -259,9 +260,8 @@ class Host:
         try:
             connection = Connection(self.name, connect_timeout=int(CONNECT_S), connect_kwargs=options)
             client = connection.client
-            client.load_system_host_keys()
-            if self._known.exists():
-                client.load_host_keys(str(self._known))
+            for path in dict.fromkeys((KNOWN_HOSTS.expanduser(), self._known)):
+                _take(client.get_host_keys(), path)
             client.set_missing_host_key_policy(_Noted(self._known))
             connection.open()
         except paramiko.BadHostKeyException as error:
@@ -269,8 +269,6 @@ class Host:
                 f"{self.name} has another key ({_fingerprint(error.key)}) than {self._known} says; if the device was "
                 f"set up anew: ssh-keygen -R '{error.hostname}'"
             ) from None
-        except paramiko.hostkeys.InvalidHostKey as error:
-            raise HostDistrusted(f"{self.name}: {self._known} can't be read: {_said(error)}") from None
         except paramiko.PasswordRequiredException as error:
             raise HostDistrusted(f"{self.name}: the private key has a passphrase; ssh-add it first ({error})") from None
         except paramiko.AuthenticationException:
@@ -288,6 +286,16 @@ class Host:
                 if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_MS)
         return connection
+
+
+def _take(keys: paramiko.HostKeys, known: Path) -> None:
+    """The keys in a file. Lines that are none that we know of (comments, authorities) are passed over, as by ssh."""
+    with suppress(FileNotFoundError):
+        for line in known.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(paramiko.SSHException, InvalidHostKey):
+                entry = HostKeyEntry.from_line(line)
+                for name in entry.hostnames or () if entry is not None and not line.startswith(("#", "@")) else ():
+                    keys.add(name, entry.key.get_name(), entry.key)
 
 
 class _Noted(paramiko.MissingHostKeyPolicy):  # type: ignore[misc]  # (paramiko says nothing of its types)

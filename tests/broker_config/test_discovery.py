@@ -6,6 +6,8 @@ import asyncio
 import sys
 
 import pytest
+from zeroconf import NonUniqueNameException, NotRunningException
+from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 
 from broker_config import discovery, topics
 from broker_config.broker import EmbeddedBroker
@@ -26,6 +28,36 @@ async def test_a_site_is_found_by_its_name_and_no_other() -> None:
             await find("cellar", timeout_s=0.5, interfaces=[HERE])
     with pytest.raises(BrokerUnreachable):
         await find("attic", timeout_s=0.5, interfaces=[HERE])
+
+
+async def test_of_several_addresses_one_that_can_be_reached_is_taken() -> None:
+    """192.0.2.1 is nobody's."""
+    places = ["127.0.0.1", "127.0.0.2"]
+    server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.2", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server:
+        for addresses in (places, places[::-1]):
+            async with Announcement("attic", port, addresses, interfaces=[HERE]):
+                assert await find("attic", interfaces=[HERE]) == ("127.0.0.2", port)
+
+
+async def test_a_site_is_announced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def taken(*_: object, **__: object) -> None:
+        raise NonUniqueNameException
+
+    monkeypatch.setattr(AsyncZeroconf, "async_register_service", taken)
+    with pytest.raises(ConfigurationError, match=r"another broker on this network says that it is attic\._kvbus"):
+        async with Announcement("attic", 4712, [HERE], interfaces=[HERE]):
+            pass
+
+
+async def test_a_network_that_can_not_be_asked_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(*_: object) -> bool:
+        raise NotRunningException
+
+    monkeypatch.setattr(AsyncServiceInfo, "async_request", broken)
+    with pytest.raises(BrokerUnreachable, match="can't be asked"):
+        await find("attic", interfaces=[HERE])
 
 
 async def test_a_bus_connects_to_what_it_finds_and_follows_it(monkeypatch: pytest.MonkeyPatch) -> None:

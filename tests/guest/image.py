@@ -17,10 +17,12 @@ from pathlib import Path
 
 from scripts.prepare_model.cache import cache_root
 
-SUITE, MIRROR = "bookworm", "http://deb.debian.org/debian"
+MIRROR = "http://deb.debian.org/debian"
 USER = "pi"
 DISK_BYTES = 3_000_000_000
 TOOLS = ("mmdebstrap", "arch-test", "depmod", "cpio", "mkfs.ext4", "qemu-img", "qemu-system-aarch64", "ssh-keygen")
+SUITES = {"bookworm": (), "trixie": ("cloud-init",)}
+"""Of Debian, and what each has beside: 13 is what Raspberry Pi OS is made of, with its way of setting cards up."""
 PACKAGES = (
     "systemd",
     "systemd-sysv",
@@ -34,7 +36,10 @@ PACKAGES = (
     "busybox-static",
 )
 UNREAD = ("doc", "man", "locale", "info")
-MODULES = ("virtio_pci", "virtio_mmio", "virtio_blk", "virtio_net", "ext4", "crc32c_generic", "autofs4", "virtio_rng")
+MODULES = (
+    *("virtio_pci", "virtio_mmio", "virtio_blk", "virtio_net", "virtio_rng"),
+    *("ext4", "crc32c_generic", "autofs4", "vfat", "nls_cp437", "nls_ascii", "nls_utf8"),
+)
 AT_START = ("virtio_pci", "virtio_mmio", "virtio_blk", "crc32c_generic", "ext4")
 NETWORK = "[Match]\nName=en* eth*\n[Network]\nDHCP=ipv4\nIPv6AcceptRA=no\nLinkLocalAddressing=no\n"
 INIT = """#!/bin/busybox sh
@@ -83,25 +88,25 @@ def missing() -> str:
     return "" if done.returncode == 0 else "programs for arm64 don't run here (qemu-user-static, binfmt_misc)"
 
 
-def image() -> Image:
+def image(suite: str = "bookworm") -> Image:
     """The image of this version of the recipe, made if it isn't in the cache."""
     recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
     home = cache_root() / "tests"
-    target = home / f"guest-{recipe}"
+    target = home / f"guest-{suite}-{recipe}"
     if not target.exists():
         home.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=home, prefix=".tmp-guest-") as scratch:
             made = Path(scratch) / "guest"
             made.mkdir()
-            _make(made, Path(scratch))
+            _make(made, Path(scratch), suite)
             made.rename(target)
         for old in home.glob("guest-*"):
-            if old != target:
+            if not old.name.endswith(recipe):
                 shutil.rmtree(old, ignore_errors=True)
     return Image(target)
 
 
-def _make(made: Path, scratch: Path) -> None:
+def _make(made: Path, scratch: Path, suite: str) -> None:
     out = Image(made)
     _do("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", out.key)
     root = scratch / "root"
@@ -115,17 +120,22 @@ def _make(made: Path, scratch: Path) -> None:
         "--mode=root",
         "--variant=minbase",
         "--architectures=arm64",
-        f"--include={','.join(PACKAGES)}",
+        f"--include={','.join((*PACKAGES, *SUITES[suite]))}",
         *(f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in UNREAD),
         '--aptopt=Acquire::Languages "none"',
         f"--customize-hook={fetch}",
         f'--customize-hook=chroot "$1" useradd --create-home --shell /bin/bash {USER}',
-        SUITE,
+        suite,
         root,
         MIRROR,
     )
     (package,) = scratch.glob("linux-image-*.deb")
-    _do("dpkg-deb", "-x", package, scratch / "kernel")
+    (scratch / "kernel" / "usr" / "lib").mkdir(parents=True)
+    (scratch / "kernel" / "lib").symlink_to("usr/lib")  # its modules are in either, by suite
+    unpacked = subprocess.run(["dpkg-deb", "--fsys-tarfile", str(package)], stdout=subprocess.PIPE, check=True)
+    subprocess.run(
+        ["tar", "-x", "--keep-directory-symlink", "-C", str(scratch / "kernel")], input=unpacked.stdout, check=True
+    )
     (kernel,) = (scratch / "kernel" / "boot").glob("vmlinuz-*")
     version = kernel.name.removeprefix("vmlinuz-")
     shutil.copy(kernel, out.kernel)
@@ -141,6 +151,8 @@ def _make(made: Path, scratch: Path) -> None:
     _do("depmod", "-b", root, version)
     _ramdisk(out.ramdisk, scratch / "ramdisk", root / "bin" / "busybox", _with_dependencies(modules, AT_START))
     _settle_in(root, out.key.with_suffix(".pub").read_text(encoding="ascii"))
+    if "cloud-init" in SUITES[suite]:
+        _as_raspberry_pi_os(root)
     with out.disk.open("wb") as file:
         file.truncate(DISK_BYTES)
     _do("mkfs.ext4", "-q", "-F", "-L", "root", "-d", root, out.disk)
@@ -163,6 +175,21 @@ def _settle_in(root: Path, key: str) -> None:
     _do("chroot", root, "systemctl", "enable", "--quiet", "systemd-networkd", "ssh")
     _do("chroot", root, "systemctl", "mask", "--quiet", "apt-daily.timer", "apt-daily-upgrade.timer", "e2scrub_reap")
     _do("chroot", root, "chown", "-R", f"{USER}:{USER}", f"/home/{USER}")
+
+
+def _as_raspberry_pi_os(root: Path) -> None:
+    """Its boot partition is the second disk, and cloud-init reads that, as pi-gen sets it up."""
+    seed = "datasource_list: [ NoCloud, None ]\ndatasource:\n  NoCloud:\n    seedfrom: file:///boot/firmware\n"
+    left_alone = "ssh_deletekeys: false\nssh_genkeytypes: []\nnetwork: {config: disabled}\n"
+    for path, text in (
+        ("etc/fstab", "/dev/vda / ext4 defaults 0 1\n/dev/vdb /boot/firmware vfat defaults 0 2\n"),
+        ("etc/cloud/cloud.cfg.d/99_raspberry-pi.cfg", seed + left_alone),
+        ("etc/systemd/system/cloud-init-local.service.d/boot.conf", "[Unit]\nRequiresMountsFor=/boot/firmware\n"),
+    ):
+        target = root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text, encoding="utf-8")
+    (root / "boot/firmware").mkdir(parents=True, exist_ok=True)
 
 
 def _with_dependencies(modules: Path, names: tuple[str, ...]) -> list[Path]:
@@ -198,4 +225,5 @@ def _do(*command: str | Path) -> None:
 
 
 if __name__ == "__main__":
-    print(missing() or image().folder)  # noqa: T201
+    for name in SUITES:
+        print(missing() or image(name).folder)  # noqa: T201

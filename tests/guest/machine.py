@@ -22,8 +22,9 @@ class Machine:
     than the host.
     """
 
-    def __init__(self, image: Image, folder: Path) -> None:
-        self._image, self._folder = image, folder
+    def __init__(self, image: Image, folder: Path, *, boot: Path | None = None) -> None:
+        """boot: an image that is its second disk."""
+        self._image, self._folder, self._boot = image, folder, boot
         self._disk = folder / "disk.qcow2"
         self.console = folder / "console.log"
         self.port = _free_port()
@@ -51,6 +52,16 @@ class Machine:
                     *("-append", "root=/dev/vda rw console=ttyAMA0 quiet systemd.show_status=false"),
                     *("-drive", f"if=none,id=disk,format=qcow2,file={self._disk}"),
                     *("-device", "virtio-blk-pci,drive=disk"),
+                    *(
+                        (
+                            "-drive",
+                            f"if=none,id=boot,format=raw,file={self._boot}",
+                            "-device",
+                            "virtio-blk-pci,drive=boot",
+                        )
+                        if self._boot
+                        else ()
+                    ),
                     *("-netdev", f"user,id=net,hostfwd=tcp:127.0.0.1:{self.port}-:22"),
                     *("-device", "virtio-net-pci,netdev=net,romfile=", "-device", "virtio-rng-pci"),
                     *("-display", "none", "-monitor", "none", "-serial", "stdio", "-no-reboot"),

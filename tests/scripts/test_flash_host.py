@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from getpass import getuser
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from scripts.demo.processes import free_port
@@ -56,6 +61,11 @@ class Server:
         ):
             assert time.monotonic() < deadline
             time.sleep(0.05)
+
+    def restart(self) -> None:
+        """All that is connected is cut."""
+        self.stop()
+        self.start()
 
     def stop(self) -> None:
         """It and all its connections."""
@@ -155,14 +165,84 @@ def test_a_cut_link_is_taken_up_again(server: Server, tmp_path: Path, monkeypatc
         nonlocal cut
         if there > len(content) // 2 and not cut:
             cut = True
-            server.stop()
-            server.start()
+            server.restart()
 
     with server.host() as host:
         sent = host.send(source, str(target), said, again=why.append)
     assert target.read_bytes() == content
     assert len(why) == 1
     assert sent < 2 * len(content)
+
+
+def test_a_disk_that_is_full_is_said_at_once(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(b"x" * 100)
+    (tmp_path / "target.part").symlink_to("/dev/full")
+    with server.host() as host, pytest.raises(HostFailed, match=r"can't write .*target.* is there room\?") as caught:
+        host.send(tmp_path / "source", str(tmp_path / "target"), lambda _: None, again=pytest.fail)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_server_that_falls_silent_is_left(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernel still takes what we send, so nothing but its silence says that something is wrong."""
+    monkeypatch.setattr(hosts, "SFTP_S", 0.5)
+    monkeypatch.setattr(hosts, "PAUSE_S", 0.05)
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(content := os.urandom(40 * hosts.BLOCK_BYTES))
+    why: list[str] = []
+
+    def said(there: int) -> None:
+        if there > len(content) // 2 and not why:
+            assert server.process is not None
+            subprocess.run(["pkill", "-STOP", "-P", str(server.process.pid)], check=True)
+
+    with server.host() as host:
+        host.send(source, str(target), said, again=why.append)
+    assert target.read_bytes() == content
+    assert len(why) == 1
+
+
+def test_an_answer_that_was_lost_is_asked_for_again(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "PAUSE_S", 0.05)
+    with server.host() as host:
+        threading.Timer(0.5, server.restart).start()
+        begun = f"echo x >> {tmp_path}/begun; [ $(wc -l < {tmp_path}/begun) = 2 ] || sleep 30; echo done"
+        assert host.insist(begun) == "done\n"
+        with pytest.raises(HostFailed, match="code 3"):
+            host.insist("exit 3")
+
+
+def test_a_host_is_noted_beside_what_is_known(server: Server, tmp_path: Path) -> None:
+    known = tmp_path / "known"
+    before = "# of my house\nold.example ssh-ed25519 !!!\n@cert-authority *.lan ssh-rsa AAAA"
+    known.write_text(before)
+    with ThreadPoolExecutor(3) as pool:
+        for host in pool.map(lambda _: server.host(known_hosts=known), range(3)):
+            host.close()
+    line, *others = known.read_text().removeprefix(f"{before}\n").splitlines()
+    assert known.read_text().startswith(f"{before}\n")
+    assert line.startswith(f"[127.0.0.1]:{server.port} ssh-ed25519 ")
+    assert others == []
+    subprocess.run(["ssh-keygen", "-q", "-H", "-f", str(known)], check=True)  # names as hashes, as Debian has them
+    hashed = known.read_text()
+    server.host(known_hosts=known).close()
+    assert known.read_text() == hashed
+
+
+def test_who_is_met_over_ipv6_is_given_our_address_of_the_same_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def address(family: socket.AddressFamily, text: str) -> SimpleNamespace:
+        return SimpleNamespace(family=family, address=text)
+
+    addresses = {
+        "lo": [address(socket.AF_INET, "127.0.0.1"), address(socket.AF_INET6, "::1")],
+        "eth0": [address(socket.AF_INET, "10.0.0.7"), address(socket.AF_INET6, "fe80::7%eth0")],
+        "tun0": [address(socket.AF_INET6, "2001:db8::7")],
+    }
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: addresses)
+    assert hosts._of_ipv4("fe80::7%eth0") == "10.0.0.7"
+    assert hosts._of_ipv4("::ffff:10.0.0.7") == "10.0.0.7"
+    assert hosts._of_ipv4("2001:db8::7") == "2001:db8::7"  # broker_place says that it can't be told
 
 
 def test_a_link_that_stays_away_is_one_line(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,8 +286,7 @@ def test_a_device_is_held_again_after_a_cut_and_by_one_alone(
             pytest.raises(HostFailed, match="another flash is at work on this device, from me@"),
         ):
             other.hold(command)
-        server.stop()
-        server.start()
+        server.restart()
         one.reconnect()
         with server.host() as other, pytest.raises(HostFailed, match="another flash is at work"):
             other.hold(command)
