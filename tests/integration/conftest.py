@@ -157,6 +157,12 @@ async def site(request: pytest.FixtureRequest, tmp_path: Path, tiny_bundle: Path
         yield started
 
 
+on_either_broker_when_there_is_time = pytest.mark.parametrize(
+    "site", [pytest.param("amqtt", marks=pytest.mark.slow), "mosquitto"], indirect=True
+)
+"""For what takes long and was never seen to differ: `make test-slow` has the rest."""
+
+
 @pytest.fixture
 async def amqtt_site(tmp_path: Path, tiny_bundle: Path) -> AsyncIterator[Site]:
     """A site on the embedded broker, for what does not depend on the broker."""

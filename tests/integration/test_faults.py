@@ -10,7 +10,7 @@ import pytest
 
 from broker_config.messages import Planned, RoundEvent, RoundReport
 from scripts.link import Bucket, EmulatedLink
-from tests.integration.conftest import Site, text, until_true
+from tests.integration.conftest import Site, on_either_broker_when_there_is_time, text, until_true
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
 
@@ -95,6 +95,7 @@ async def test_a_receiver_that_dies_ends_the_question_with_its_name(amqtt_site: 
     assert "jetson-1 went offline" in report.reason
 
 
+@on_either_broker_when_there_is_time
 async def test_a_coordinator_that_is_killed_and_restarted_ends_what_it_had_taken(site: Site) -> None:
     async with cache_on_its_way(site) as (asking, _):
         await site.kill("coordinator")
@@ -116,6 +117,7 @@ async def test_a_withdrawn_question_is_cancelled_everywhere(amqtt_site: Site) ->
     assert after.state == "answered"
 
 
+@on_either_broker_when_there_is_time
 async def test_a_question_survives_its_broker_or_ends_with_a_reason(site: Site) -> None:
     async with cache_on_its_way(site) as (asking, _):
         await site.kill("broker")

@@ -14,7 +14,7 @@ from broker_config.bus import MqttBus
 from broker_config.messages import Order, PaceOrder, SendOrder
 from coordinator.drift import REVISE_FACTOR
 from scripts.link import Bucket, EmulatedLink
-from tests.integration.conftest import SITE, Site, text, until_true
+from tests.integration.conftest import SITE, Site, on_either_broker_when_there_is_time, text, until_true
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
 
@@ -55,6 +55,7 @@ async def slow_links(site: Site) -> AsyncIterator[dict[str, EmulatedLink]]:
         yield links
 
 
+@on_either_broker_when_there_is_time
 async def test_a_link_that_is_cut_under_way_leaves_its_share_to_the_other(site: Site) -> None:
     ask = partial(site.client.ask, "Which valve?", sources=["pi-1", "pi-2"], receiver="jetson-1")
     async with slow_links(site) as links, MqttBus(settings=site.settings, site=SITE, client_id="overhears") as bus:

@@ -11,7 +11,7 @@ from broker_config import topics
 from broker_config.bus import MqttBus
 from broker_config.messages import AnswerOrder, AnswerOutcome, Outcome, PaceOrder, Part, SendOrder, SendOutcome, new_id
 from scripts.link import Bucket, EmulatedLink
-from tests.integration.conftest import SITE, Site, text
+from tests.integration.conftest import SITE, Site, on_either_broker_when_there_is_time, text
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
 
@@ -76,6 +76,7 @@ class Orders:
             await self._news.wait()
 
 
+@on_either_broker_when_there_is_time
 async def test_both_ends_meet_wherever_it_was_planned_with_the_answer_of_plain_text(site: Site) -> None:
     async with EmulatedLink(
         broker_host="127.0.0.1", broker_port=site.port, uplink=Bucket(LINK_BPS), downlink=Bucket(LINK_BPS)

@@ -65,6 +65,7 @@ def test_a_few_questions_give_tables_figures_and_curves_and_the_same_command_goe
     assert "another run" in refused("--items", "3", "--facts-tokens", "8", "--output", out)
 
 
+@pytest.mark.slow
 @pytest.mark.bundle
 @pytest.mark.usefixtures("bundle")
 def test_public_question_sets_are_asked_in_their_own_words(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_whatever_left_the_front_is_beaten_by_something_in_it(figures: list[tupl
     assert [each.bits_per_element for each in kept] == sorted((each.bits_per_element for each in kept), reverse=True)
 
 
-@pytest.mark.parametrize("source", [tiny.tiny_source, tiny.tiny_gemma_source])
+@pytest.mark.parametrize("source", [pytest.param(tiny.tiny_source, marks=pytest.mark.slow), tiny.tiny_gemma_source])
 def test_gradients_say_what_errors_cost(source: Callable[[], Path]) -> None:
     """Also in layers whose sliding window is shorter than the context, and along directions without phase."""
     for cost in costs(source()):

@@ -30,7 +30,7 @@ def site(folder: Path, **changes: object) -> Place:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("broker", Broker)
+@pytest.mark.parametrize("broker", [Broker.EMBEDDED, pytest.param(Broker.MOSQUITTO, marks=pytest.mark.slow)])
 async def test_a_live_replay_and_its_twin(tiny_bundle: Path, tmp_path: Path, broker: Broker) -> None:
     trace = steps(8.0, 4.0, 6.0, rtt_s=0.02)
     where = site(tmp_path)
