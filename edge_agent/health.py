@@ -1,14 +1,17 @@
 """What holds a device back: heat, too little voltage, too much current. Read where the system tells of it.
 
 Raspberry Pi: the firmware's word, from sysfs or by vcgencmd, which says what is so and what was so since the start.
-Jetson: counters of over-current events and cooling devices at work, in sysfs. Any other Linux: thermal zones.
+Jetson: counters of over-current events and cooling devices at work, in sysfs; tegrastats, which tells of heat alone,
+where there are no thermal zones. Any other Linux: thermal zones.
 A plain file each; what is not there is not known.
 """
 
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from broker_config.messages.agents import Strain
 
 SYS = Path("/sys")
 FIRMWARE = "devices/platform/soc/soc:firmware/get_throttled"
-VCGENCMD_S = 2.0
+VCGENCMD_S = TEGRASTATS_S = 2.0
 HOTTEST_C = 150.0
 """What a sensor says beyond is no temperature."""
 
@@ -30,9 +33,9 @@ _BITS: tuple[tuple[int, Strain], ...] = (
 _SINCE_START = 16
 
 
-def measure(root: Path = SYS, *, vcgencmd: str = "vcgencmd") -> Health | None:
+def measure(root: Path = SYS, *, vcgencmd: str = "vcgencmd", tegrastats: str = "tegrastats") -> Health | None:
     """Now; None where nothing is known."""
-    temperature_c = max(_temperatures(root), default=None)
+    temperature_c = max([*_temperatures(root)] or _tegrastats(tegrastats), default=None)
     word = _firmware_word(root, vcgencmd)
     now = dict.fromkeys(_strains(word, 0)) if word is not None else {}
     earlier = dict.fromkeys(_strains(word, _SINCE_START)) if word is not None else {}
@@ -58,6 +61,25 @@ def _temperatures(root: Path) -> Iterator[float]:
         value = _number(zone)
         if value is not None and 0 < value / 1000 < HOTTEST_C:  # thousandths; a sensor that is off says 0 or less
             yield value / 1000
+
+
+def _tegrastats(program: str) -> list[float]:
+    """Of one of the lines that it prints as long as it runs: `... cpu@48.5C soc0@47C VDD_IN 4953mW/4953mW`."""
+    found = shutil.which(program)
+    if found is None:
+        return []
+    try:
+        with subprocess.Popen(
+            [found, "--interval", "100"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as running:
+            given_up = threading.Timer(TEGRASTATS_S, running.kill)
+            given_up.start()
+            line = running.stdout.readline() if running.stdout else ""
+            given_up.cancel()
+            running.kill()
+    except OSError:
+        return []
+    return [value for text in re.findall(r"@(-?\d+(?:\.\d+)?)C\b", line) if 0 < (value := float(text)) < HOTTEST_C]
 
 
 def _firmware_word(root: Path, vcgencmd: str) -> int | None:

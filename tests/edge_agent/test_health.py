@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from broker_config.messages import Health
+from edge_agent import health
 from edge_agent.health import FIRMWARE, measure
 
 
@@ -48,6 +49,26 @@ def test_a_raspberry_pis_firmware_says_what_is_and_what_was(
     assert measure(tmp_path, vcgencmd=str(tmp_path / "vcgencmd")) == Health(now=now, earlier=earlier)  # type: ignore[arg-type]
     put(tmp_path, "vcgencmd", "#!/bin/sh\necho VCHI initialization failed\n")
     assert measure(tmp_path, vcgencmd=str(tmp_path / "vcgencmd")) is None
+
+
+def test_a_jetson_without_thermal_zones_is_asked_by_its_own_tool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "tegrastats"
+    orin = (
+        "RAM 2448/7620MB (lfb 3x4MB) CPU [5%@729,off] GR3D_FREQ 0% cpu@48.5C tj@49.25C gpu@-256C VDD_IN 4953mW/4953mW"
+    )
+    put(tmp_path, "tegrastats", f"#!/bin/sh\nwhile echo '{orin}'; do sleep 0.1; done\n")
+    tool.chmod(0o755)
+    assert measure(tmp_path, tegrastats=str(tool)) == Health(temperature_c=49.25)
+    put(tmp_path, "class/thermal/thermal_zone0/temp", "41000\n")
+    assert measure(tmp_path, tegrastats=str(tool)) == Health(temperature_c=41.0)
+    (tmp_path / "class/thermal/thermal_zone0/temp").unlink()
+    monkeypatch.setattr(health, "TEGRASTATS_S", 0.2)
+    for text in ("#!/bin/sh\nexec sleep 60\n", "#!/bin/sh\necho no board of NVIDIA\n", "no program"):
+        tool.write_text(text)
+        assert measure(tmp_path, tegrastats=str(tool)) is None
+    assert measure(tmp_path, tegrastats="/nonexistent") is None
 
 
 def test_drivers_of_other_boards_are_heard(tmp_path: Path) -> None:
