@@ -29,14 +29,21 @@ def add_agent(users: Path, name: str, *, password_file: Path | None = None, pass
 
 
 def known_password_file(users: Path, name: str) -> Path | None:
-    """The file beside the users that holds a user's password, None if there is no such user.
+    """The file beside the users that holds a user's password, None if there is no such user. Waits for who adds one.
 
     Raises ConfigurationError for a user whose password isn't there: whoever has it would be shut out by a new one.
     """
     kept = _beside(users, name)
-    if name not in names_in(users):
+    if not users.parent.exists():
+        return None  # looking makes no folder
+    try:
+        with alone(users.parent):
+            there, held = name in names_in(users), kept.exists()
+    except OSError as error:
+        raise ConfigurationError(f"can't read the users in {users}: {error.strerror or error}") from None
+    if not there:
         return None
-    if not kept.exists():
+    if not held:
         raise ConfigurationError(
             f"{name} is a user in {users}, but its password is not in {kept}: put it there, or give it another "
             f"(coordinator add-agent {name} --users {users}), which shuts out who has the old one"

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from broker_config.files import alone
 from broker_config.settings import describe, load_toml
 from broker_config.users import add_user, verify
+from coordinator.credentials import known_password_file
 from edge_agent.settings import AgentSettings
 from scripts.flash.device import agent_named, device
 from scripts.flash.errors import BundleFailed, HostFailed, HostUnreachable
@@ -59,6 +61,27 @@ def test_devices_that_are_flashed_at_once_all_get_their_users(tmp_path: Path) ->
         )
     for name, own in zip(names, made, strict=True):
         assert verify(users, name, own["password"].decode().strip())
+
+
+def test_who_looks_while_a_user_is_being_added_sees_it_whole(tmp_path: Path) -> None:
+    """A user without a password is refused, so nobody may see one between the two files."""
+    users, begun, looked = tmp_path / "users", threading.Event(), threading.Event()
+
+    def look() -> Path | None:
+        begun.wait()
+        try:
+            return known_password_file(users, "kitchen")
+        finally:
+            looked.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(look)
+        with alone(tmp_path):
+            add_user(users, "kitchen", "secret")
+            begun.set()
+            assert not looked.wait(0.2)
+            (tmp_path / "kitchen.password").write_text("secret\n")
+        assert found.result(30) == tmp_path / "kitchen.password"
 
 
 def test_what_edge_agent_config_prints_leaves_a_devices_own_defaults(tmp_path: Path) -> None:
