@@ -142,6 +142,7 @@ def bootfs(path: Path, key: str) -> Path:
         "hostname": "shed",
         "users": [{"name": USER, "ssh_authorized_keys": [key.strip()], "sudo": "ALL=(ALL) NOPASSWD:ALL"}],
         "runcmd": [["sh", "-c", "echo once >> /var/lib/owner"]],
+        "resize_rootfs": False,  # the guest's disk has one size, and no partitions
     }
     with path.open("wb") as file:
         file.truncate(128 << 20)
