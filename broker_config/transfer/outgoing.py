@@ -23,7 +23,7 @@ from broker_config.topics import ACKS, BULK
 from broker_config.transfer.assembly import checksum
 from broker_config.transfer.cutting import cut
 from broker_config.transfer.pacing import Pacer
-from broker_config.transfer.window import Sent, Window
+from broker_config.transfer.window import REORDERING_S, Sent, Window
 from broker_config.wire import pack
 
 logger = logging.getLogger(__name__)
@@ -129,6 +129,7 @@ class _Outgoing:
         self._end: Ack | None = None
         self._failure: BaseException | None = None
         self._must_open, self._opens = True, False
+        self._opened_s: float | None = None
         self._heard = False
         self._start_again = False
         self._forgotten_rounds = 0
@@ -266,6 +267,13 @@ class _Outgoing:
         self._ended.set()
 
     async def _open(self) -> None:
+        """Announce it, anew not at once: each announcement is answered, and while chunk 0 is missing each answer asks
+        for one, a round trip apart.
+        """
+        clock = asyncio.get_running_loop().time
+        if self._opened_s is not None:
+            await asyncio.sleep(self._opened_s + REORDERING_S - clock())
+        self._opened_s, self._must_open = clock(), False
         try:
             await self._publish(self._opening)
         except PublishTimeout:

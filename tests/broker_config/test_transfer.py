@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from broker_config.errors import TransferCancelled, TransferError, TransferExpired, TransferRefused
 from broker_config.messages import Ack, Chunk, Open
-from broker_config.topics import ACKS, BULK
+from broker_config.topics import ACKS, BULK, Topic
 from broker_config.transfer import Inbox, Sent, send
+from broker_config.wire import unpack
 from scripts.replay.clock import run_virtual
 from tests.memory_bus import MemoryBroker, Trouble
 
@@ -109,6 +110,36 @@ def test_a_transfer_ends_in_exactly_one_state_on_both_sides(seed: int, lost: flo
             assert isinstance(sent, Sent) == (sent_state == "delivered")
             assert incoming.state == got_state
             assert inbox.buffered_bytes == 0
+
+    run_virtual(run())
+
+
+def test_while_chunk_0_is_missing_it_is_not_announced_with_every_round_trip() -> None:
+    """Of a millisecond here."""
+    announced, to_lose = 0, [0]
+
+    def listen(message: Any, _: Mapping[str, str]) -> None:
+        nonlocal announced
+        announced += isinstance(message, Open)
+
+    class Losing(MemoryBroker):
+        def carry(self, topic: Topic[Any], address: str, payload: bytes) -> None:
+            message = unpack(topic, payload) if topic is BULK else None
+            if isinstance(message, Chunk) and message.index in to_lose:
+                to_lose.remove(message.index)
+            else:
+                super().carry(topic, address, payload)
+
+    async def run() -> None:
+        delay = Trouble(delay_s=(0.001, 0.001))
+        pair = Pair(Losing(0, {BULK.pattern: delay, ACKS.pattern: delay}))
+        await pair.broker.bus().subscribe(BULK, listen, receiver="pi-2", sender="pi-1")
+        async with pair.inbox() as inbox:
+            sent, payload = await asyncio.gather(pair.send(), inbox.expect(TRANSFER).payload(10))
+        assert payload == PAYLOAD
+        assert sent.transfer_s < 0.2
+        assert not to_lose
+        assert announced <= 3
 
     run_virtual(run())
 
