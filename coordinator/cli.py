@@ -27,6 +27,7 @@ from broker_config.users import users as names_in
 from coordinator.client import Client
 from coordinator.credentials import DEFAULT_USERS
 from coordinator.credentials import add_agent as make_credentials
+from coordinator.credentials import remove_agent as remove_credentials
 from coordinator.errors import CoordinatorError
 from coordinator.service import Coordinator
 from coordinator.settings import CoordinatorSettings
@@ -253,6 +254,23 @@ def add_agent(
         _fail(error)
     typer.echo(f"user {name} added to {users}; password in {target}")
     typer.echo(f'in the agent\'s configuration: [broker] username = "{name}", password_file = "{target}"')
+
+
+@app.command("remove-agent")
+def remove_agent(
+    name: Annotated[
+        str, typer.Argument(help="The user: an agent's id, for a device that was lost or is used no more.")
+    ],
+    users: Annotated[Path, typer.Option(help="Users file of the broker (embedded or Mosquitto).")] = DEFAULT_USERS,
+) -> None:
+    """Take a user of the broker away, with the file that holds its password."""
+    users = users.expanduser()
+    try:
+        remove_credentials(users, name)
+    except BusError as error:
+        _fail(error)
+    typer.echo(f"user {name} is no longer in {users}; Mosquitto reads it at `kill -HUP`, the embedded broker by itself")
+    typer.echo("a connection that is open stays so until the broker or the agent starts again")
 
 
 @app.command()

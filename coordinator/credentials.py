@@ -10,7 +10,7 @@ from pathlib import Path
 
 from broker_config.errors import ConfigurationError
 from broker_config.files import alone, write_whole
-from broker_config.users import add_user
+from broker_config.users import add_user, remove_user
 from broker_config.users import users as names_in
 
 DEFAULT_USERS = Path("~/.config/kvbus/users")
@@ -59,6 +59,18 @@ def password_file_of(users: Path, name: str) -> Path:
         if kept is None:
             _add(users, name, secrets.token_urlsafe(24), target)
     return target
+
+
+def remove_agent(users: Path, name: str) -> None:
+    """Take a user away, and the file beside the users that holds its password. Raises ConfigurationError, also for a
+    user that is not there.
+    """
+    kept = _beside(users, name)
+    if name not in names_in(users):
+        raise ConfigurationError(f"{users} has no user {name}")
+    with _changing(users, kept):
+        remove_user(users, name)
+        kept.unlink(missing_ok=True)
 
 
 def _beside(users: Path, name: str) -> Path:

@@ -29,7 +29,18 @@ from coordinator.settings import CoordinatorSettings
 from scripts.demo.processes import free_port
 from tests.coordinator.builders import instance
 
-COMMANDS = ("run", "ask", "status", "give", "remove", "broker", "mosquitto-config", "add-agent", "config")
+COMMANDS = (
+    "run",
+    "ask",
+    "status",
+    "give",
+    "remove",
+    "broker",
+    "mosquitto-config",
+    "add-agent",
+    "remove-agent",
+    "config",
+)
 WIDE = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
 PROCESS_S = 30.0
 
@@ -300,6 +311,29 @@ def test_an_agent_that_is_added_again_gets_a_new_password_and_the_others_keep_th
     assert mode(secret) == 0o600
     assert verify(users, "pi-1", secret.read_text().removesuffix("\n"))
     assert verify(users, "pi-2", (tmp_path / "pi-2.password").read_text().removesuffix("\n"))
+
+
+def test_an_agent_that_is_removed_is_no_longer_let_in_and_the_others_are(tmp_path: Path) -> None:
+    users = tmp_path / "users"
+    for name in ("pi-1", "pi-2"):
+        assert call("add-agent", name, "--users", users).exit_code == 0
+    password = (tmp_path / "pi-1.password").read_text().removesuffix("\n")
+    assert call("remove-agent", "pi-1", "--users", users).exit_code == 0
+    assert not verify(users, "pi-1", password)
+    assert verify(users, "pi-2", (tmp_path / "pi-2.password").read_text().removesuffix("\n"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pi-2.password", "users"]
+
+
+@pytest.mark.parametrize("name", ["pi-3", "users", "../pi-2"])
+def test_who_is_no_user_cannot_be_removed(tmp_path: Path, name: str) -> None:
+    """Nor any file."""
+    users = tmp_path / "inner" / "users"
+    for agent in ("pi-1", "pi-2"):
+        assert call("add-agent", agent, "--users", users).exit_code == 0
+    (tmp_path / "pi-2.password").write_text("another's")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert "has no user" in refused(call("remove-agent", name, "--users", users))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("name", ["../pi-1", "pi:1", "", "-"])
