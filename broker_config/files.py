@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -19,6 +20,17 @@ def write_whole(path: Path, content: bytes, mode: int = 0o600) -> None:
     new one, and a crash leaves one of them. Its folder is made if it is missing. Raises OSError; what was there is
     there still.
     """
+    with ready_to_replace(path, content, mode):
+        pass
+
+
+@contextmanager
+def ready_to_replace(path: Path, content: bytes, mode: int = 0o600) -> Iterator[None]:
+    """The same in two steps: the content is on the disk when the block begins, and in its place when it has ended well,
+    for which no room is needed any more. Raises OSError.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished: Path | None = None
     try:
@@ -28,6 +40,7 @@ def write_whole(path: Path, content: bytes, mode: int = 0o600) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        yield
         unfinished.replace(path)
     finally:
         if unfinished is not None:

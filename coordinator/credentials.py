@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from broker_config.errors import ConfigurationError
-from broker_config.files import alone, write_whole
+from broker_config.files import alone, ready_to_replace
 from broker_config.users import add_user, remove_user
 from broker_config.users import users as names_in
 
@@ -78,8 +78,8 @@ def _beside(users: Path, name: str) -> Path:
 
 
 def _add(users: Path, name: str, secret: str, target: Path) -> None:
-    add_user(users, name, secret)
-    write_whole(target, f"{secret}\n".encode())
+    with ready_to_replace(target, f"{secret}\n".encode()):  # a full disk must not leave a user whom nobody can be
+        add_user(users, name, secret)
 
 
 @contextmanager

@@ -17,10 +17,11 @@ from rich.table import Table
 
 from broker_config.errors import BusError
 from coordinator.credentials import DEFAULT_USERS
+from edge_agent.errors import AgentError
 from edge_agent.release.manifest import RUNTIME_LAYER
 from scripts.flash import bundle as bundles
 from scripts.flash.card import customise
-from scripts.flash.device import DEFAULT_SITE, Device, agent_named, device
+from scripts.flash.device import DEFAULT_SITE, Device, agent_named, device, one_each
 from scripts.flash.errors import BundleFailed, FlashError, HostUnfit
 from scripts.flash.flasher import PROOF_S, TRIAL_S, Flashed, Flasher, Orders
 from scripts.flash.fleet import AT_ONCE, AT_WORK, Ended, roll_out
@@ -33,7 +34,7 @@ from scripts.flash.wheels import PYTHONS, Target
 from scripts.prepare_model import default_bundle
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True, pretty_exceptions_enable=False)
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, markup=False, soft_wrap=True)
 
 Hosts = Annotated[list[str], typer.Argument(help="[USER@]HOST[:PORT], one or more; names of ~/.ssh/config too.")]
 Key = Annotated[Path | None, typer.Option("--ssh-key", help="Private key (default: the agent's, and those in ~/.ssh).")]
@@ -94,7 +95,7 @@ def make_bundle(
                     bundles.build(
                         folder,
                         Target(python=each, machine=machine_name),
-                        model=model or default_bundle(),
+                        model=_model(model),
                         key=site_key(key),
                         requirements=packages,
                         say=shown.bytes,
@@ -135,19 +136,21 @@ def flash(
     key: Key = None,
     known_hosts: Known = KNOWN_HOSTS,
     ask_sudo: AskSudo = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Look and tell; change nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Look and tell; the device stays as it is.")] = False,
     at_once: Annotated[int, typer.Option(help="Devices at the same time.", min=1, max=64)] = AT_ONCE,
     all_at_once: Annotated[bool, typer.Option("--no-stages", help="Not one, then some, then all.")] = False,
     proof_s: Annotated[float, typer.Option(help="How long an agent may take to answer.", min=5)] = PROOF_S,
     json: Json = None,
 ) -> None:
     """Flash or update devices. Each ends with an agent that has answered, or as it was."""
-    chosen = model or default_bundle()
     building, built = threading.Lock(), dict[Target, bundles.Bundle]()
     try:
+        chosen = _model(model)
         signing = site_key(site_key_file)
         if agent and len(set(hosts)) > 1:
             raise HostUnfit("one --agent can't be several hosts; leave it out, and hosts' names are taken")
+        if not agent:
+            one_each(hosts)
         own = None if open_broker else users.expanduser()
         secret = getpass("sudo password: ") if ask_sudo else None
         here = here_of(own, broker_here)
@@ -228,7 +231,7 @@ def make_image(
             bundle = bundles.build(
                 folder,
                 Target(python=python, machine=machine_name),
-                model=model or default_bundle(),
+                model=_model(model),
                 key=site_key(site_key_file),
                 requirements=packages,
                 say=shown.bytes,
@@ -267,7 +270,7 @@ def logs(
     """The last lines of an agent's log."""
     (ended,) = _each([host], lambda keeper: keeper.logs(lines), key, known_hosts, ask_sudo)
     if ended.result:
-        console.print(ended.result.text, markup=False)
+        console.print(ended.result.text)
     exit_by((ended,), say=True)
 
 
@@ -304,7 +307,14 @@ def _each(
         with Host(name, key=key, known_hosts=known, sudo=secret) as host:
             return work(Keeper(host))
 
-    return roll_out(hosts, one, staged=False)
+    return roll_out(hosts, one, staged=False, go_on=True)
+
+
+def _model(chosen: Path | None) -> Path:
+    try:
+        return chosen or default_bundle()
+    except AgentError as error:
+        raise BundleFailed(str(error)) from None
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,17 @@ def agent_named(host: str) -> str:
     if not found:
         raise BundleFailed(f"no agent's id can be made of {name!r}; give one: AGENT=kitchen")
     return found
+
+
+def one_each(hosts: Iterable[str]) -> None:
+    """Raises BundleFailed if two hosts would be the same agent, or one's name gives none: each would prove the other's
+    work.
+    """
+    found: dict[str, str] = {}
+    for host in hosts:
+        other = found.setdefault(agent_named(host), host)
+        if other != host:
+            raise BundleFailed(f"{other} and {host} would both be agent {agent_named(host)}; flash one with AGENT=")
 
 
 def _defaults() -> dict[str, Any]:

@@ -102,20 +102,8 @@ class Flasher:
         self._host.run("true", root=True)
         device = self._orders.device(self._host.local_address)
         bundle = self._orders.bundle(python, machine)
-        staging = self._staging()
-        self._host.run(f"mkdir -p -m 700 {quoted(staging)}")
-        installer = f"{staging}/installer-{file_digest(bundle.installer)[:12]}.pyz"
-        self._put(bundle.installer, installer)
-        self._installer = quoted(pythons[python], "-I", installer)
-        if not self._orders.dry_run:
-            self._host.hold(f"{self._installer} hold --who {quoted(ourselves())}")
-        broker = device.settings.broker
-        wanted = "" if broker.host == MDNS else f"--broker {quoted(broker.address)}"  # the agent looks for it by itself
-        facts = self._host.ask(f"{self._installer} facts --staging {quoted(staging)} {wanted}", root=True)
-        missing = {name: each for name, each in bundle.release.layers.items() if each.sha256 not in facts["layers"]}
-        self._check(facts, bundle.release, missing.values(), broker.address)
         if self._orders.dry_run:
-            self._host.run(f"rm {quoted(installer)}; rmdir --ignore-fail-on-non-empty {quoted(staging)}")
+            plan = self._planned(bundle, device, pythons[python])
             return Flashed(
                 agent=device.settings.agent,
                 release=bundle.release.version,
@@ -123,8 +111,13 @@ class Flasher:
                 seconds=time.monotonic() - began_s,
                 proof=None,
                 changed=False,
-                plan=_plan(facts, bundle.release, missing, device),
+                plan=plan,
             )
+        staging = self._staging()
+        self._host.run(f"mkdir -p -m 700 {quoted(staging)}")
+        self._put_installer(bundle, staging, pythons[python])
+        self._host.hold(f"{self._installer} hold --who {quoted(ourselves())}")
+        facts, missing = self._facts(bundle, device, staging)
         if facts["trial"] is not None:  # whoever began it is not at work any more, or we could not hold the device
             self._host.insist(f"{self._installer} undo --why 'another flash took its place'")
         for name, layer in missing.items():
@@ -148,12 +141,41 @@ class Flasher:
             changed=not in_use,
         )
 
+    def _planned(self, bundle: Bundle, device: Device, python: str) -> tuple[str, ...]:
+        """What a flash would do. In a folder of its own, as another flash may be at work there."""
+        folder = self._host.run('mktemp -d "$HOME/.kvbus-look-XXXXXX"').strip()
+        try:
+            self._put_installer(bundle, folder, python)
+            facts, missing = self._facts(bundle, device, folder)
+        finally:
+            with suppress(FlashError):
+                self._host.run(f"rm -rf {quoted(folder)}")
+        return _plan(facts, bundle.release, missing, device)
+
+    def _put_installer(self, bundle: Bundle, folder: str, python: str) -> None:
+        path = f"{folder}/installer-{file_digest(bundle.installer)[:12]}.pyz"
+        self._put(bundle.installer, path)
+        self._installer = quoted(python, "-I", path)
+
+    def _facts(self, bundle: Bundle, device: Device, folder: str) -> tuple[dict[str, Any], dict[str, Layer]]:
+        """What the device says of itself, and the layers that it has not. Raises HostUnfit if it would not do."""
+        broker = device.settings.broker
+        wanted = "" if broker.host == MDNS else f"--broker {quoted(broker.address)}"  # the agent looks for it by itself
+        facts = self._host.ask(f"{self._installer} facts --staging {quoted(folder)} {wanted}", root=True)
+        missing = {name: each for name, each in bundle.release.layers.items() if each.sha256 not in facts["layers"]}
+        self._check(facts, bundle.release, missing.values(), broker.address)
+        return facts, missing
+
     def _look(self) -> tuple[str, dict[str, str]]:
         """Its architecture, and where its Pythons are, by version; one that a release runs on comes first."""
-        machine, now, *lines = self._host.run(_LOOK).split("\n")
+        said = self._host.run(_LOOK)
+        machine, now, *lines = f"{said}\n".split("\n")
         found: dict[str, str] = {}
-        for word, owner, path, version in (line.split() for line in lines if line.count(" ") == 3):
-            if word == "python" and owner == "0" and not path.startswith(("/home/", "/root/")):
+        for words in (line.split() for line in lines):
+            if len(words) != 4 or words[0] != "python":
+                continue  # the end; a Python that does not start tells no version
+            _, owner, path, version = words
+            if owner == "0" and not path.startswith(("/home/", "/root/")):
                 found.setdefault(version, path)
         in_use = now.removeprefix("now ").strip()
         order = sorted(found, key=lambda version: (found[version] != in_use, -int(version.rpartition(".")[2])))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,6 +13,8 @@ from broker_config.errors import BusError
 from scripts.flash.errors import FlashError, HostFailed
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 AT_ONCE = 4
 AT_WORK = "flash"
@@ -40,20 +44,37 @@ def stages(hosts: Sequence[str], *, staged: bool = True) -> Iterator[tuple[str, 
 
 
 def roll_out(
-    hosts: Sequence[str], work: Callable[[str], T], *, staged: bool = True, at_once: int = AT_ONCE
+    hosts: Sequence[str],
+    work: Callable[[str], T],
+    *,
+    staged: bool = True,
+    at_once: int = AT_ONCE,
+    go_on: bool = False,
 ) -> tuple[Ended[T], ...]:
-    """Do it on every host, stage by stage, until one fails; those of its stage that have begun are ended first."""
+    """Do it on every host, stage by stage, until one fails (or on, for what nobody is harmed by); what has begun by
+    then is ended first. A fault of ours is logged, and hides nothing of what became of the others.
+    """
     ended: dict[str, Ended[T]] = {}
+    failed = threading.Event()
+
+    def one(host: str) -> Ended[T]:
+        if failed.is_set() and not go_on:
+            return Ended(host=host)
+        result = _one(host, work)
+        if result.error is not None:
+            failed.set()
+        return result
+
     for stage in stages(hosts, staged=staged):
         pool = ThreadPoolExecutor(max_workers=at_once, thread_name_prefix=AT_WORK)
         try:
-            for result in pool.map(lambda host: _one(host, work), stage):
+            for result in pool.map(one, stage):
                 ended[result.host] = result
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)  # nobody who is interrupted waits for devices
             raise
         pool.shutdown()
-        if any(each.error for each in ended.values()):
+        if failed.is_set() and not go_on:
             break
     return tuple(ended.get(host, Ended(host=host)) for host in dict.fromkeys(hosts))
 
@@ -65,3 +86,6 @@ def _one(host: str, work: Callable[[str], T]) -> Ended[T]:
         return Ended(host=host, error=error)
     except (BusError, OSError) as error:  # of this machine: a file, a disk
         return Ended(host=host, error=HostFailed(f"{host}: {error}"))
+    except Exception as error:
+        logger.exception("%s", host)
+        return Ended(host=host, error=HostFailed(f"{host}: a fault of kvbus itself: {type(error).__name__}: {error}"))

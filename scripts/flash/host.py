@@ -103,6 +103,7 @@ class Host:
 
         Raises HostFailed with the last line that it said on standard error, if it ended with another code than 0.
         """
+        self._still_there()
         sink = _Lines(line) if line else StringIO()
         secret = StringIO(f"{self._sudo}\n") if root and self._sudo is not None else False
         try:
@@ -238,12 +239,20 @@ class Host:
             raise HostFailed(f"{self.name}: can't write {target}: {_said(error)}") from None
 
     def _files(self) -> paramiko.SFTPClient:
+        self._still_there()
         if self._sftp is None:
             self._sftp = self._connection.sftp()
             channel = self._sftp.get_channel()
             assert channel is not None  # noqa: S101
             channel.settimeout(SFTP_S)
         return self._sftp
+
+    def _still_there(self) -> None:
+        """A link that went while nothing was asked is taken up again with all that belongs to it; fabric by itself
+        would open a bare one, and hold nothing.
+        """
+        if not self._is_there():
+            self.reconnect()
 
     def _is_there(self) -> bool:
         transport = self._connection.transport
@@ -257,12 +266,10 @@ class Host:
     def _connect(self) -> Connection:
         options: dict[str, Any] = {"key_filename": str(self._key.expanduser())} if self._key else {}
         options |= {"banner_timeout": CONNECT_S * 4, "auth_timeout": CONNECT_S * 2}
+        self._check_key()
         try:
             connection = Connection(self.name, connect_timeout=int(CONNECT_S), connect_kwargs=options)
-            client = connection.client
-            for path in dict.fromkeys((KNOWN_HOSTS.expanduser(), self._known)):
-                _take(client.get_host_keys(), path)
-            client.set_missing_host_key_policy(_Noted(self._known))
+            self._trust(connection)
             connection.open()
         except paramiko.BadHostKeyException as error:
             raise HostDistrusted(
@@ -276,6 +283,8 @@ class Host:
         except (socket.gaierror, ValueError) as error:
             raise HostUnreachable(f"{self.name}: no such host: {_said(error)}") from None
         except (OSError, EOFError, paramiko.SSHException) as error:
+            if isinstance(error, OSError) and error.filename:  # one of ours: known_hosts, a key
+                raise HostDistrusted(f"{self.name}: can't use {error.filename}: {_said(error)}") from None
             raise HostUnreachable(f"{self.name} can't be reached: {_said(error)}") from None
         assert connection.transport is not None  # noqa: S101
         connection.transport.set_keepalive(ALIVE_S)
@@ -286,6 +295,24 @@ class Host:
                 if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_MS)
         return connection
+
+    def _trust(self, connection: object) -> None:
+        """Whom ssh would trust; the hosts between (ProxyJump) are asked for their keys as well."""
+        while isinstance(connection, Connection):
+            for path in dict.fromkeys((KNOWN_HOSTS.expanduser(), self._known)):
+                _take(connection.client.get_host_keys(), path)
+            connection.client.set_missing_host_key_policy(_Noted(self._known))
+            connection = connection.gateway
+
+    def _check_key(self) -> None:
+        if self._key is None:
+            return
+        try:
+            content = self._key.expanduser().read_bytes()
+        except OSError as error:
+            raise HostDistrusted(f"can't read the private key {self._key}: {error.strerror or error}") from None
+        if b"PRIVATE KEY-----" not in content:
+            raise HostDistrusted(f"{self._key} is no private key")
 
 
 def _take(keys: paramiko.HostKeys, known: Path) -> None:

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from broker_config.files import write_whole
+from broker_config.files import alone, write_whole
 from scripts.flash.errors import BundleFailed
 
 DEFAULT_KEY = Path("~/.config/kvbus/site-key.pem")
@@ -41,11 +41,11 @@ def site_key(path: Path) -> SiteKey:
     """Read the key, or make one that only its owner may read. Raises BundleFailed."""
     path = path.expanduser()
     try:
-        if not path.exists():
-            private = Ed25519PrivateKey.generate()
-            pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-            write_whole(path, pem)
-            return SiteKey(private)
+        with alone(path.parent):  # of two first flashes one makes it
+            if not path.exists():
+                private = Ed25519PrivateKey.generate()
+                write_whole(path, private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+                return SiteKey(private)
         found = load_pem_private_key(path.read_bytes(), password=None)
     except OSError as error:
         raise BundleFailed(f"can't use the site's key {path}: {error.strerror or error}") from None

@@ -16,7 +16,7 @@ from scripts.flash.fleet import Ended
 from scripts.flash.keeping import Kept
 from scripts.provenance import machine, versions
 
-progress = Console(stderr=True, highlight=False)
+progress = Console(stderr=True, highlight=False, markup=False)
 
 
 class Shown:
@@ -45,7 +45,7 @@ class Shown:
 
 
 def bars() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), TimeElapsedColumn())
     return Progress(*columns, console=progress, disable=not progress.is_terminal)
 
 

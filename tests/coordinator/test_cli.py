@@ -343,6 +343,17 @@ def test_a_name_that_cannot_be_a_user_leaves_no_file(tmp_path: Path, name: str) 
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
+def test_a_password_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    users = tmp_path / "users"
+    assert call("add-agent", "pi-1", "--users", users).exit_code == 0
+    password = (tmp_path / "pi-1.password").read_text().removesuffix("\n")
+    (tmp_path / "folder").mkdir()
+    assert "Is a directory" in refused(
+        call("add-agent", "pi-1", "--users", users, "--password-file", tmp_path / "folder")
+    )
+    assert verify(users, "pi-1", password)
+
+
 def test_a_users_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     line = refused(call("add-agent", "pi-1", "--users", tmp_path / "file" / "users"))

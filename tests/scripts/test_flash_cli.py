@@ -11,8 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from broker_config.settings import BrokerSettings
-from scripts.flash.__main__ import app
+from scripts.flash.__main__ import app, console
 from scripts.flash.errors import HostUnfit
+from scripts.flash.shown import Shown, bars
 from scripts.flash.sites import broker_place, here_of
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +25,9 @@ ROOT = Path(__file__).parents[2]
         (["bundle", "--python", "3.9"], "no bundle for Python 3.9"),
         (["bundle", "--model", "/nonexistent"], "no model to put on a device"),
         (["flash", "a", "b", "--agent", "x"], "can't be several hosts"),
+        (["flash", "node.lab", "node.home"], "node.lab and node.home would both be agent node"),
         (["flash", "nobody.invalid"], "no such host"),
+        (["flash", "nobody.invalid", "--broker", "[fd00::1]"], "no such host"),
         (["status", "nobody.invalid"], "no such host"),
         (["logs", "nobody.invalid"], "no such host"),
         (["rollback", "nobody.invalid"], "no such host"),
@@ -45,6 +48,27 @@ def test_a_mistake_is_one_line(words: list[str], said: str, tmp_path: Path, tiny
     (line,) = [line for line in result.output.splitlines() if said in line]
     assert "Traceback" not in result.output
     assert line
+
+
+def test_without_a_prepared_model_the_line_says_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVBUS_CACHE", str(tmp_path / "cache"))
+    for words in (["flash", "h"], ["bundle"], ["image", str(tmp_path), "--agent", "a", "--broker", "h"]):
+        keys = ["--site-key", f"{tmp_path}/k.pem", *(["--open-broker"] if words[0] != "bundle" else [])]
+        result = CliRunner().invoke(app, [*words, *keys])
+        assert result.exit_code == 1
+        assert "has not been prepared; run `make prepare-model`" in result.output
+        assert "Traceback" not in result.output
+        assert isinstance(result.exception, SystemExit)
+
+
+def test_what_is_said_is_not_taken_for_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    said = "pi: the broker [fd00::1]:1883 can't be reached; see [/opt/kvbus]"
+    console.print(said)
+    with bars() as shown_bars:
+        Shown(shown_bars, "pi").say(said, None)
+    heard = capsys.readouterr()
+    assert said in heard.out
+    assert said in heard.err.replace("\n", " ")
 
 
 def test_a_report_says_what_became_of_each_host(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from broker_config.settings import describe, load_toml
 from broker_config.users import add_user, verify
 from coordinator.credentials import known_password_file
 from edge_agent.settings import AgentSettings
-from scripts.flash.device import agent_named, device
+from scripts.flash.device import agent_named, device, one_each
 from scripts.flash.errors import BundleFailed, HostFailed, HostUnreachable
 from scripts.flash.fleet import roll_out, stages
 
@@ -146,6 +146,22 @@ def test_an_address_names_nobody(host: str) -> None:
         agent_named(host)
 
 
+@pytest.mark.parametrize(
+    ("hosts", "said"),
+    [
+        (["pi@node.lab", "pi@node.home"], "pi@node.lab and pi@node.home would both be agent node"),
+        (["kitchen", "hall", "pi@kitchen.local"], "kitchen and pi@kitchen.local would both be agent kitchen"),
+        ([f"{'x' * 32}1", f"{'x' * 32}2"], "would both be agent x"),
+        (["kitchen", "10.0.0.5"], "10.0.0.5 says nothing of who it is"),
+    ],
+)
+def test_hosts_that_would_be_one_agent_are_refused(hosts: list[str], said: str) -> None:
+    with pytest.raises(BundleFailed) as caught:
+        one_each(hosts)
+    assert said in str(caught.value)
+    one_each(["kitchen", "hall", "kitchen"])
+
+
 @given(st.lists(st.sampled_from("abcdefghijklmnopqrst"), max_size=30), st.booleans())
 def test_every_host_is_in_one_stage(hosts: list[str], staged: bool) -> None:
     found = list(stages(hosts, staged=staged))
@@ -159,9 +175,12 @@ def test_every_host_is_in_one_stage(hosts: list[str], staged: bool) -> None:
 def test_the_first_failure_stops_what_has_not_begun() -> None:
     hosts = [f"h{number}" for number in range(12)]
     seen: list[str] = []
+    together = threading.Barrier(3)
 
     def work(host: str) -> str:
         seen.append(host)
+        if host in {"h1", "h2", "h3"} and len(seen) > 1:
+            together.wait(timeout=10)
         if host == "h2":
             raise HostFailed("h2: broken")
         return host.upper()
@@ -175,6 +194,26 @@ def test_the_first_failure_stops_what_has_not_begun() -> None:
     seen.clear()
     assert all(each.error for each in roll_out(["h2", "h3"], work)[:1])
     assert seen == ["h2"]
+
+
+def test_the_first_failure_stops_what_waits_in_its_own_stage() -> None:
+    begun = threading.Semaphore(0)
+
+    def work(host: str) -> str:
+        if host == "h0":
+            begun.release()
+            raise HostFailed("h0: broken")
+        begun.acquire(timeout=10)
+        return host
+
+    hosts = [f"h{number}" for number in range(20)]
+    ended = roll_out(hosts, work, staged=False, at_once=1)
+    assert [each.host for each in ended if each.error or each.result] == ["h0"]
+    for _ in hosts:
+        begun.release()
+    ended = roll_out(hosts, work, staged=False, at_once=4, go_on=True)  # a question harms nobody
+    assert [each.host for each in ended if each.error] == ["h0"]
+    assert [each.result for each in ended[1:]] == hosts[1:]
 
 
 def test_several_are_at_work_at_the_same_time_but_no_more_than_said() -> None:
@@ -195,12 +234,16 @@ def test_several_are_at_work_at_the_same_time_but_no_more_than_said() -> None:
     assert not any(each.error for each in ended)
 
 
-def test_what_is_no_mistake_of_a_device_is_not_hidden() -> None:
-    def work(_: str) -> None:
-        raise ZeroDivisionError
+def test_what_is_no_mistake_of_a_device_is_not_hidden_and_hides_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    def work(host: str) -> str:
+        if host == "b":
+            raise ZeroDivisionError("by nothing")
+        return host
 
-    with pytest.raises(ZeroDivisionError):
-        roll_out(["a"], work)
+    first, second = roll_out(["a", "b"], work)
+    assert first.result == "a"
+    assert str(second.error) == "b: a fault of kvbus itself: ZeroDivisionError: by nothing"
+    assert "Traceback" in caplog.text
 
     def gone(_: str) -> None:
         raise HostUnreachable("a: away")

@@ -13,7 +13,7 @@ from edge_agent.release.manifest import Layer, Release
 from scripts.flash.bundle import Bundle
 from scripts.flash.device import device
 from scripts.flash.errors import HostFailed, HostUnfit
-from scripts.flash.flasher import Flasher, Orders
+from scripts.flash.flasher import STAGING, Flasher, Orders
 from scripts.flash.host import Host
 
 MEGA = 1_000_000
@@ -31,6 +31,7 @@ class FakeHost:
         self.commands: list[str] = []
         self.sent: list[str] = []
         self.held = False
+        self.looks: str | None = None
         self.facts: dict[str, Any] = {
             "machine": "aarch64",
             "python": "3.11.2",
@@ -49,6 +50,8 @@ class FakeHost:
 
     def run(self, command: str, **_: object) -> str:
         self.commands.append(command)
+        if "uname" in command and self.looks is not None:
+            return self.looks
         if "uname" in command:
             found = "".join(f"python {owner} {path} {version}\n" for owner, path, version in self.pythons)
             return f"{self.machine}\nnow {self.in_use}\n{found}end\n"
@@ -99,7 +102,26 @@ def test_looking_says_what_would_be_done_and_does_nothing(host: FakeHost, flashe
     assert "broker 10.0.0.2:1883" in plan
     assert not host.held
     assert [Path(target).name[:9] for target in host.sent] == ["installer"]
-    assert host.commands[-1].startswith("rm ")
+    (made,) = {str(Path(target).parent) for target in host.sent}
+    assert host.commands[-1] == f"rm -rf {made}"  # and nothing of another's flash
+    assert STAGING not in "".join(host.commands)
+
+
+def test_what_was_put_there_to_look_is_taken_off_from_who_would_not_do(host: FakeHost, flasher: Flasher) -> None:
+    host.facts["systemd"] = False
+    with pytest.raises(HostUnfit):
+        flasher.flash()
+    assert host.commands[-1] == f"rm -rf {Path(host.sent[0]).parent}"
+
+
+@pytest.mark.parametrize("said", ["", "aarch64", "aarch64\nnow \npython 0 /usr/local/bin/python3.12 \nend\n"])
+def test_a_python_that_does_not_start_is_none(host: FakeHost, flasher: Flasher, said: str) -> None:
+    """For want of a library, say, which it tells on standard error."""
+    host.looks = said
+    with pytest.raises(HostUnfit, match=r"no Python; kvbus needs|something unknown"):
+        flasher.flash()
+    host.looks = "aarch64\nnow \npython 0 /opt/x/bin/python3.13 \npython 0 /usr/bin/python3.11 3.11\nend\n"
+    assert flasher.flash().plan
 
 
 @pytest.mark.parametrize(

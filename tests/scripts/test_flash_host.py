@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from fabric import Connection
 
 from scripts.demo.processes import free_port
 from scripts.flash import host as hosts
@@ -252,8 +253,50 @@ def test_a_link_that_stays_away_is_one_line(server: Server, tmp_path: Path, monk
         server.stop()
         with pytest.raises(HostUnreachable, match="the link went away 5 times"):
             host.send(tmp_path / "source", str(tmp_path / "target"), lambda _: None, again=lambda _: None)
-        with pytest.raises(HostUnreachable, match="the link went away"):
+        with pytest.raises(HostUnreachable, match="can't be reached: "):
             host.run("true")
+
+
+def test_a_link_that_went_while_nothing_was_asked_is_taken_up_whole(server: Server, tmp_path: Path) -> None:
+    """With what is held; a bare link would let another flash in."""
+    lock, source = tmp_path / "lock", tmp_path / "source"
+    source.write_bytes(b"content")
+    with server.host() as host:
+        host.hold(f'flock --nonblock {lock} sh -c \'echo "{{\\"held\\": true}}"; cat\'')
+        for again in (
+            lambda: host.run("true"),
+            lambda: host.write(b"content", str(tmp_path / "target")),
+            lambda: host.send(source, str(tmp_path / "other"), lambda _: None, again=pytest.fail),
+        ):
+            server.restart()
+            deadline = time.monotonic() + 5
+            while host._is_there():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            again()
+            sock = hosts._socket(host._connection)
+            assert sock is not None
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == hosts.SILENT_MS
+            assert subprocess.run(["flock", "--nonblock", str(lock), "true"], check=False).returncode == 1
+
+
+def test_what_is_wrong_here_is_not_put_down_to_the_network(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(HostDistrusted, match=r"can't read the private key .*/nowhere: No such file"):
+        server.host(key=tmp_path / "nowhere")
+    with pytest.raises(HostDistrusted, match=r"id\.pub is no private key"):
+        server.host(key=tmp_path / "id.pub")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(HostDistrusted, match=r"can't use .*/folder: Is a directory"):
+        server.host(known_hosts=tmp_path / "folder")
+
+
+def test_hosts_between_are_asked_for_their_keys_too(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "known").write_text(f"far.example {(tmp_path / 'other_host.pub').read_text()}")
+    with server.host() as host:
+        between = Connection("between.example")
+        host._trust(Connection("far.example", gateway=between))
+        assert isinstance(between.client._policy, hosts._Noted)
+        assert between.client.get_host_keys().lookup("far.example")
 
 
 def test_a_lock_is_held_as_long_as_we_are_there(server: Server, tmp_path: Path) -> None:
