@@ -32,15 +32,26 @@ FIRMWARE_FILES = ("config.txt", "cmdline.txt")
 _FIRST_START = """#!/bin/sh
 # Written by kvbus: installs the agent that lies beside this file, and goes when it has.
 here=$(cd "$(dirname "$0")" && pwd)
-[ -e "$here/installer.pyz" ] || exit 0
+clear_up() {{
+  rm -f "$here/{manifest}" && sync  # if the power goes from here on, the next start does nothing but the rest of this
+  for each in "$here"/*; do
+    [ "$each" = "$here/first-start.sh" ] || rm -rf "$each"  # the password, too
+  done
+  sync
+  rm -rf "$here"
+  systemctl disable --quiet {unit} 2> /dev/null
+  rm -f /etc/systemd/system/{unit}
+}}
+if [ ! -e "$here/{manifest}" ]; then
+  clear_up
+  exit 0
+fi
 if ! python=$(command -v python{python}); then
   echo "no Python {python} on this device" | tee "$here/failed.txt" >&2
   exit 1
 fi
 if "$python" -I "$here/installer.pyz" install --keep --package "$here" 2> /run/kvbus-first-start; then
-  rm -rf "$here"  # it holds a password
-  systemctl disable --quiet {unit} 2> /dev/null
-  rm -f /etc/systemd/system/{unit}
+  clear_up
 else
   tail -n 1 /run/kvbus-first-start | tee "$here/failed.txt" >&2
   exit 1
@@ -50,7 +61,7 @@ fi
 _UNIT = """# Written by kvbus.
 [Unit]
 Description=kvbus: install the agent at the first start
-ConditionPathExists={folder}/installer.pyz
+ConditionPathExists={folder}/first-start.sh
 After=local-fs.target
 
 [Service]
@@ -118,7 +129,7 @@ def package(bundle: Bundle, device: Device) -> dict[str, Content]:
         PUBLIC_KEY: bundle.public_key,
         **device.own(),
         "installer.pyz": bundle.installer,
-        "first-start.sh": _FIRST_START.format(python=release.python, unit=UNIT).encode(),
+        "first-start.sh": _FIRST_START.format(python=release.python, unit=UNIT, manifest=MANIFEST).encode(),
     }
     for layer in release.layers.values():
         path = bundle.archive(layer)

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from edge_agent.release.manifest import Layer, Release
+from edge_agent.release.place import MANIFEST
 from scripts.flash import media
 from scripts.flash.bundle import Bundle
 from scripts.flash.card import KEPT, ROOT_FOLDER, UNIT, USER_DATA, customise
@@ -233,7 +234,7 @@ def test_the_first_start_installs_once_and_says_why_it_could_not(
     customise(card, bundle, own)
     script = card / "kvbus" / "first-start.sh"
     (tmp_path / "bin").mkdir()
-    for tool in ("dirname", "tee", "tail", "rm", "sh", "cat"):
+    for tool in ("dirname", "tee", "tail", "rm", "sh", "cat", "sync"):
         (tmp_path / "bin" / tool).symlink_to(str(shutil.which(tool)))
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     failed = subprocess.run(["sh", str(script)], capture_output=True, text=True, check=False)
@@ -249,3 +250,9 @@ def test_the_first_start_installs_once_and_says_why_it_could_not(
     assert subprocess.run(["sh", str(script)], capture_output=True, check=False).returncode == 0
     assert "install --keep --package" in (tmp_path / "ran").read_text()
     assert not (card / "kvbus").exists()
+    customise(card, bundle, own)
+    (card / "kvbus" / MANIFEST).unlink()  # as a power cut leaves it while it is being cleared up
+    (tmp_path / "ran").unlink()
+    assert subprocess.run(["sh", str(script)], capture_output=True, check=False).returncode == 0
+    assert not (card / "kvbus").exists()
+    assert not (tmp_path / "ran").exists()
