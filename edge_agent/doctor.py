@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import platform
 import shutil
+import ssl
 import subprocess
 import time
 from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,6 +34,8 @@ HOT_C = 80.0
 """At which a Raspberry Pi begins to slow down."""
 LISTEN_S = 3.5
 """Three reports of an agent, and a little."""
+TLS_S = 3.0
+"""Longest for a broker to say that it speaks TLS."""
 
 State = Literal["ok", "doubtful", "wrong", "unknown"]
 
@@ -206,12 +210,12 @@ async def _broker(settings: AgentSettings, listen_s: float) -> AsyncIterator[Fin
         try:
             await bus.connected(broker.connect_timeout_s + 1)
         except BrokerUnreachable as error:
-            refused = "not authorized" in str(error)
-            advice = (
-                "`coordinator add-agent` makes a user; then flash again"
-                if refused
-                else f"is it running there, on all addresses, and does a firewall let port {broker.port} through?"
-            )
+            if "not authorized" in str(error):
+                advice = "`coordinator add-agent` makes a user; then flash again"
+            elif await _speaks_tls(broker.host, broker.port):
+                advice = f"port {broker.port} speaks TLS, agents plain MQTT: take its plain port (as a rule 1883)"
+            else:
+                advice = f"is it running there, on all addresses, and does a firewall let port {broker.port} through?"
             yield Finding(what="broker", state="wrong", text=str(error), advice=advice)
             return
         took_ms = 1000 * (time.monotonic() - began_s)
@@ -227,6 +231,21 @@ async def _broker(settings: AgentSettings, listen_s: float) -> AsyncIterator[Fin
         yield Finding(what="agent's id", state="ok", text=f"{settings.agent} is used once")
     else:
         yield Finding(what="agent's id", state="doubtful", text=f"no {settings.agent} reports", advice="is it running?")
+
+
+async def _speaks_tls(host: str, port: int) -> bool:
+    """Whoever it is: no certificate is looked at, and nothing is sent."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        async with asyncio.timeout(TLS_S):
+            _, writer = await asyncio.open_connection(host, port, ssl=context)
+    except OSError:  # of ssl, too; and TimeoutError
+        return False
+    writer.close()
+    with suppress(OSError):
+        await writer.wait_closed()
+    return True
 
 
 def _said(*command: str) -> str | None:

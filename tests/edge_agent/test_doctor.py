@@ -5,13 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import ssl
 import time
 from collections import namedtuple
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psutil
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from broker_config import topics
 from broker_config.broker import EmbeddedBroker
@@ -96,6 +103,20 @@ async def test_a_broker_that_is_not_there_and_one_that_does_not_know_us(patient:
         assert (found.state, "add-agent" in found.advice) == ("wrong", True)
         (patient.folder / "password").write_text("right\n")
         assert (await patient.findings())["broker"].state == "ok"
+
+
+async def test_a_port_that_speaks_tls_is_named(patient: Patient, tmp_path: Path) -> None:
+    key, name = generate_private_key(SECP256R1()), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "broker")])
+    now = datetime.now(UTC)
+    made = x509.CertificateBuilder(name, name, key.public_key(), 1, now - timedelta(days=1), now + timedelta(days=1))
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (tmp_path / "both.pem").write_bytes(pem + made.sign(key, SHA256()).public_bytes(Encoding.PEM))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "both.pem")
+    server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", patient.port, ssl=context)
+    async with server:
+        found = (await patient.findings())["broker"]
+    assert (found.state, f"port {patient.port} speaks TLS" in found.advice) == ("wrong", True)
 
 
 async def test_two_agents_of_one_id_and_none(healthy: Patient) -> None:
